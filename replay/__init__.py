@@ -1,0 +1,43 @@
+"""Record a JAX training run log-light; ask afterwards what happened, bit for bit."""
+
+from replay.api import Run, Step, open, record
+from replay.checkpoints import Checkpoints
+from replay.data import Data
+from replay.errors import (
+    DataError,
+    DivergenceError,
+    Grade,
+    IdentityError,
+    LogError,
+    OrderError,
+    ProgramError,
+    ReplayError,
+)
+from replay.order import Order
+from replay.program import Inputs, Program, State
+from replay.recorder import Recorder
+from replay.replaying import Audit, Divergence
+
+__all__ = [
+    "Audit",
+    "Checkpoints",
+    "Data",
+    "DataError",
+    "Divergence",
+    "DivergenceError",
+    "Grade",
+    "IdentityError",
+    "Inputs",
+    "LogError",
+    "Order",
+    "OrderError",
+    "Program",
+    "ProgramError",
+    "Recorder",
+    "ReplayError",
+    "Run",
+    "State",
+    "Step",
+    "open",
+    "record",
+]

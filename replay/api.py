@@ -1,0 +1,435 @@
+"""What a researcher holds: record a training, open it later, ask for any state, audit it."""
+
+import collections
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.progress
+from jaxtyping import Array, Float, Key, PyTree
+
+from replay.artifact import KEY_IMPLEMENTATION
+from replay.data import Data
+from replay.errors import Grade, LogError, OrderError
+from replay.log import Log, thin
+from replay.order import Order
+from replay.program import Inputs, Program, State
+from replay.recorder import Recorder, check_program, state_tree
+from replay.replaying import Audit, Replayer
+from replay.store import Place
+from replay.tree import Leaf, lift, nest
+
+
+class Step(NamedTuple):
+    """One replayed step, as `Run.trajectory` yields it.
+
+    Attributes:
+        step: its number t.
+        state: state t, before the step.
+        batch: the examples, each leaf `[batch, ...]`.
+        keys: the step's key, and the keys of its samples `[batch]`.
+        losses: `[batch]`, the losses that the run itself computed, not weighted.
+        grads: the batch gradient that the run itself used, shaped like `state.params`.
+        ids: `int32[batch]`, the samples; -1 where a short batch was padded.
+        weights: `float32[batch]`, factors of the losses.
+        deviation: largest deviation from the log met so far; 0 while every bit agrees.
+    """
+
+    step: int
+    state: Any
+    batch: PyTree
+    keys: tuple[Key[Array, ""], Key[Array, " batch"]]
+    losses: Float[np.ndarray, " batch"]
+    grads: PyTree
+    ids: np.ndarray
+    weights: np.ndarray
+    deviation: float
+
+
+def record(
+    path: str | os.PathLike,
+    program: Program,
+    data: Any,
+    order: Order,
+    *,
+    key: Key[Array, ""],
+    progress: bool | None = None,
+    **options: Any,
+) -> "Run":
+    """Train to the end of the order, and record it.
+
+    Args:
+        path: the run directory, or the URL of a TensorStore key-value store.
+        program: what is trained.
+        data: the samples, anything that `Data.of` takes.
+        order: which samples make which batch.
+        key: a typed key, `jax.random.key(seed)`.
+        progress: whether to show a progress bar; by default where there is a terminal.
+        **options: as for `Recorder`.
+
+    Returns:
+        The run, open.
+
+    Raises:
+        ReplayError: as `Recorder`.
+    """
+    with Recorder(path, program, data, order, key=key, **options) as recorder:
+        with _progress("recording", len(order.bind(len(Data.of(data)))), progress) as report:
+            steps = 1
+            while True:
+                begin, before = recorder.step, time.perf_counter()
+                if not recorder.advance(steps):
+                    break
+                report(recorder.step - begin, recorder.loss)
+                # About five reports a second: asking for the loss waits for the step.
+                pace = (recorder.step - begin) / max(time.perf_counter() - before, 1e-6)
+                steps = max(1, min(4 * steps, int(0.2 * pace)))
+    return open(path, program=program, data=data)
+
+
+def open(
+    path: str | os.PathLike,
+    *,
+    program: Program | None = None,
+    data: Any = None,
+    allow: Sequence[str] = (),
+) -> "Run":
+    """Open a run, needing nothing of the code that recorded it.
+
+    Args:
+        path: the run directory, or the URL of a TensorStore key-value store.
+        program: the program that was recorded, to get states in its own tree types; it is
+            compared with the archived one.
+        data: the samples, for a run that does not hold them; compared with the log.
+        allow: custom calls that the archived programs may make besides those of jaxlib; name
+            only what you trust.
+
+    Raises:
+        LogError: there is no run, it is damaged, or it is of a newer format.
+        IdentityError: `program` is not the recorded one.
+        DataError: `data` is not the recorded data.
+    """
+    log = Log(Place(path))
+    source = None if data is None else Data.of(data)
+    if source is not None and log.header.fingerprint is not None:
+        source.check(log.header.fingerprint)
+    if log.header.data == "embedded":
+        source = _embedded(log, None if source is None else source.tree)
+    if program is not None and source is not None:
+        check_program(program, log, source)
+    return Run(log, source, tree=None if program is None else state_tree(program), allow=allow)
+
+
+class Run:
+    """A recorded run. Every state, batch and gradient of its past can be asked for.
+
+    Made by `replay.open` and `replay.record`. Without the program, trees are nested dicts by
+    path; the state itself always has the fields of its NamedTuple.
+
+    Attributes:
+        log: the record.
+    """
+
+    def __init__(self, log: Log, data: Data | None, *, tree: Any, allow: Sequence[str]):
+        self.log, self._data, self._tree, self._allow = log, data, tree, tuple(allow)
+        self._replayer = Replayer(log, data, allow=allow)
+
+    @property
+    def path(self) -> str:
+        """Where the run lies."""
+        return str(self.log.place)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that can be replayed; states go from 0 to this number."""
+        return self.log.durable.steps
+
+    @property
+    def dispatch(self) -> str:
+        """`step` or `block`."""
+        return "block" if self.log.header.signature.block else "step"
+
+    @property
+    def order(self) -> Order | None:
+        """The order of the samples; None for a run that was fed."""
+        return self.log.order
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """The states that are stored."""
+        return sorted(self.log.durable.checkpoints)
+
+    @property
+    def tensors(self) -> tuple[Leaf, ...]:
+        """Path, shape and dtype of every tensor of weights; paths start below `params`."""
+        signature = self.log.header.signature
+        weights = [signature.state[i] for i in signature.weights]
+        return tuple(
+            Leaf(leaf.path.partition("/")[2], leaf.shape, leaf.dtype, leaf.key) for leaf in weights
+        )
+
+    @property
+    def grade(self) -> Grade:
+        """What is known without replaying: `UNAUDITED`, or `NUMERIC` if the self-test failed."""
+        return Grade.NUMERIC if self.log.durable.selftest else Grade.UNAUDITED
+
+    def ids(self, start: int, stop: int) -> np.ndarray:
+        """Return the sample ids of steps `[start, stop)`, `int32[steps, batch]`; -1 is padding."""
+        if self.log.has_column("ids"):
+            return self.log.column("ids", start, stop)
+        assert self.order is not None
+        return self.order.batches(start, stop).ids
+
+    def history(self) -> dict[str, np.ndarray]:
+        """Return the logged columns.
+
+        Returns:
+            `step`, `epoch` (`int64[steps]`, for a run with an order), `loss` (weighted batch
+            means, `float32[steps]`), `seconds` (of each step, averaged over the steps that were
+            dispatched together), a column for each metric of the loss's `aux`, and one for each
+            name given to `Recorder.log`, NaN where nothing was logged; its entry at step t was
+            logged at state t, so these columns have one entry more, for the last state.
+        """
+        steps, log = self.steps, self.log
+        columns = {"step": np.arange(steps), "loss": log.column("loss", 0, steps)}
+        if self.order is not None:
+            columns["epoch"] = self.order.epoch(columns["step"])
+        columns["seconds"] = log.column("microseconds", 0, steps).astype(np.float64) * 1e-6
+        for number, leaf in enumerate(log.header.signature.aux):
+            columns[leaf.path or "aux"] = log.column(f"aux_{number}", 0, steps)
+        for step, metrics in log.durable.metrics:
+            for name, value in metrics.items():
+                column = columns.setdefault(name, np.full(steps + 1, np.nan))
+                if step < len(column):
+                    column[step] = value
+        return columns
+
+    def state(self, state: int, *, exact: bool = True) -> Any:
+        """Return any state of the run, re-executing the steps since the nearest stored one.
+
+        Args:
+            state: 0 to `run.steps`; negative numbers count from the end.
+            exact: raise where a bit departs from the log; otherwise warn, with the deviation.
+
+        Returns:
+            The state: the program's own tree if the run was opened with `program=`, else its
+            NamedTuple with nested dicts by path inside. Leaves are numpy arrays.
+
+        Raises:
+            LogError: there is no such state, or a file it needs is damaged.
+            DivergenceError: the replay departs from the run.
+        """
+        number = state + self.steps + 1 if state < 0 else state
+        return self._lift(self._replayer.state(number, exact=exact))
+
+    def states(self, states: slice, *, exact: bool = True) -> Iterator[tuple[int, Any]]:
+        """Yield `(t, state t)` for a slice of states, in one replay.
+
+        Raises:
+            LogError, DivergenceError: as `state`.
+        """
+        wanted = range(*states.indices(self.steps + 1))
+        if wanted.step < 0:
+            raise OrderError(
+                f"states {states} run backwards",
+                why="a replay goes forwards",
+                fix="ask for them in ascending order",
+            )
+        if not wanted:
+            return
+        first, last = wanted[0], wanted[-1]
+        if first == last:
+            yield first, self.state(first, exact=exact)
+            return
+        for replayed in self._replayer.steps(first, last, exact=exact):
+            executed = replayed.executed
+            if executed.start in wanted:
+                yield executed.start, self._lift(executed.before)
+            if executed.start + 1 == last:
+                yield last, self._lift(executed.after)
+
+    def trajectory(
+        self, start: int = 0, stop: int | None = None, *, exact: bool = True
+    ) -> Iterator[Step]:
+        """Replay steps `[start, stop)` and yield each, from the nearest stored state.
+
+        What is done with a step never feeds the trajectory. Witnesses are compared at every
+        step, digests at every stored state on the way.
+
+        Args:
+            start: the first step.
+            stop: the step after the last; all by default.
+            exact: raise where a bit departs from the log; otherwise go on from each stored
+                state, and tell the deviation with each step.
+
+        Raises:
+            LogError, DataError: a file or a batch is not what it was.
+            DivergenceError: the replay departs from the run.
+        """
+        header = self.log.header
+        stop = self.steps if stop is None else stop
+        run_key = jax.random.wrap_key_data(
+            jnp.asarray(header.key, jnp.uint32), impl=KEY_IMPLEMENTATION
+        )
+        for replayed in self._replayer.steps(start, stop, exact=exact):
+            executed = replayed.executed
+            inputs = _fold(run_key, np.uint32(executed.start), replayed.ids, replayed.weights)
+            yield Step(
+                step=executed.start,
+                state=self._lift(executed.before),
+                batch=self._batch(replayed.batch),
+                keys=(inputs.key, inputs.sample_keys),
+                losses=np.asarray(executed.losses),
+                grads=self._grads(executed.grads),
+                ids=replayed.ids,
+                weights=replayed.weights,
+                deviation=replayed.deviation,
+            )
+
+    def verify(
+        self, steps: int | slice | range | None = None, *, progress: bool | None = None
+    ) -> Audit:
+        """Replay all or part of the run and compare every bit that the log has kept.
+
+        Args:
+            steps: a step, or a slice or range of steps; whole segments are audited. None for all.
+            progress: whether to show a progress bar; by default where there is a terminal.
+
+        Returns:
+            The grade of every segment, where the replay departs from the run, and what differs
+            in the machine.
+        """
+        if isinstance(steps, int):
+            steps = slice(steps, steps + 1)
+        if isinstance(steps, range):
+            steps = slice(steps.start, steps.stop, steps.step)
+        wanted = range(*(steps or slice(None)).indices(max(self.steps, 1)))
+        start, stop = min(wanted, default=0), max(wanted, default=-1) + 1
+        edges = sorted({*self.log.durable.checkpoints, self.steps})
+        total = sum(b - a for a, b in zip(edges, edges[1:], strict=False) if b > start and a < stop)
+        begun = time.perf_counter()
+        with _progress("replaying", total, progress) as report:
+            segments = self._replayer.audit(start, stop, report)
+        return Audit(
+            run=self.path,
+            segments=tuple(segments),
+            steps=sum(segment.stop - segment.start for segment in segments),
+            seconds=time.perf_counter() - begun,
+            differences=self._replayer.differences,
+            complete=total == self.steps,
+        )
+
+    def thin(self, keep: int) -> list[int]:
+        """Give up stored states, so that about `keep` evenly spread ones are left.
+
+        No answer is lost: states between are replayed, which takes longer.
+
+        Returns:
+            The states that are no longer stored.
+
+        Raises:
+            LogError: somebody is recording the run.
+        """
+        if keep < 2:
+            raise LogError(
+                f"{keep} states are to be kept",
+                why="the first and the last state are always kept",
+                fix="keep=2 or more",
+            )
+        with self.log.place.lock():
+            # Others may have thinned, or recorded on, since this run was opened.
+            self.log = Log(self.log.place)
+            self._replayer = Replayer(self.log, self._data, allow=self._allow)
+            stored = self.checkpoints
+            targets = np.linspace(0, self.steps, keep)
+            nearest = {min(stored, key=lambda s, t=target: abs(s - t)) for target in targets}
+            return thin(self.log, sorted(nearest))
+
+    def __repr__(self) -> str:
+        weights = sum(int(np.prod(leaf.shape)) for leaf in self.tensors)
+        header, durable = self.log.header, self.log.durable
+        state = "closed" if durable.closed else "not closed"
+        return (
+            f"<Run {self.path}: {header.name}, {self.steps:,} steps ({state}), "
+            f"{weights:,} weights in {len(self.tensors)} tensors, "
+            f"{len(durable.checkpoints)} stored states, {self.grade}>"
+        )
+
+    def _lift(self, raw: Sequence[Any]) -> Any:
+        leaves = self.log.header.signature.state
+        lifted = lift(raw, leaves, self._tree)
+        if self._tree is not None or not isinstance(lifted, dict):
+            return lifted
+        if set(lifted) <= set(State._fields):
+            return State(**{name: lifted.get(name, {}) for name in State._fields})
+        return _namedtuple(tuple(lifted))(**lifted)
+
+    def _batch(self, leaves: Sequence[np.ndarray]) -> Any:
+        if self._data is not None and self._data.tree is not None:
+            return jax.tree.unflatten(self._data.tree, leaves)
+        return nest([leaf.path for leaf in self.log.header.signature.batch], leaves)
+
+    def _grads(self, leaves: Sequence[Any]) -> Any:
+        if self._tree is not None:
+            blank = jax.tree.unflatten(self._tree, self.log.header.signature.state)
+            return jax.tree.unflatten(jax.tree.structure(blank.params), leaves)
+        return nest([leaf.path for leaf in self.log.header.signature.grads], leaves)
+
+
+@jax.jit
+def _fold(run_key, step, ids, weights):
+    return Inputs.fold(run_key, step, ids, weights, ())
+
+
+@functools.cache
+def _namedtuple(fields: tuple[str, ...]) -> Any:
+    """Make the class of a state from the names of its fields, which a record has given."""
+    return collections.namedtuple("State", fields, rename=True)
+
+
+def _embedded(log: Log, tree: Any) -> Data:
+    """Return the data that lies in a run, read when it is first asked for."""
+    loaded: list[Data] = []
+    paths = [leaf.path for leaf in log.header.signature.batch]
+
+    def read(ids: np.ndarray) -> list[np.ndarray]:
+        if not loaded:
+            loaded.append(Data.of_leaves(log.embedded(), paths))
+        return loaded[0].leaves(ids)
+
+    samples = log.header.arrays["data"][0].shape[0]
+    return Data(log.header.signature.batch, tree, samples, read)
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int, show: bool | None) -> Iterator[Callable[..., None]]:
+    """Show a progress bar in a terminal: steps, loss, steps per second, time left."""
+    console = rich.console.Console(stderr=True)
+    if show is None:
+        show = console.is_terminal
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[loss]}"),
+        rich.progress.TextColumn("{task.fields[speed]}"),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns, console=console, disable=not show) as bar:
+        task = bar.add_task(what, total=total, loss="", speed="")
+
+        def report(steps: int, loss: float | None = None) -> None:
+            speed = bar.tasks[0].speed
+            fields = {"speed": f"{speed:,.0f} steps/s" if speed else ""}
+            if loss is not None:
+                fields["loss"] = f"loss {loss:.4g}"
+            bar.update(task, advance=steps, **fields)
+
+        yield report

@@ -1,0 +1,376 @@
+"""Bytes and arrays at rest: a place for a run, and zarr arrays in it that cannot lie unnoticed.
+
+Every chunk carries a crc32c; a chunk that is missing is an error and never zeros; the layout of
+an array comes from its checksummed `ArraySpec`, not from the `zarr.json` beside it, which is
+written for xarray and zarr-python.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore
+
+from replay.errors import LogError
+
+# What zarr-python cannot read is kept as unsigned integers of the same width.
+_STORED_AS = {"bfloat16": "uint16"} | {
+    name: "uint8" for name in dir(ml_dtypes) if name.startswith("float8")
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """The layout of one array, complete: nothing about it is read from its folder.
+
+    Attributes:
+        name: its folder inside the run, such as `states/3`; never made from a tensor's name.
+        shape: the whole logical shape; space is taken only by chunks that are written.
+        chunk: the unit of writing, one file.
+        dtype: of the values.
+        dims: names of the dimensions.
+        inner: the unit of reading inside a file, for chunks that are large; else `chunk`.
+        ids: whether the values are small integers, which compress by bit planes.
+        attributes: for readers of the zarr group.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    dtype: str
+    dims: tuple[str, ...]
+    inner: tuple[int, ...] | None = None
+    ids: bool = False
+    attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the zarr v3 metadata."""
+        stored = _STORED_AS.get(self.dtype, self.dtype)
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        width = np.dtype(stored).itemsize
+        blosc = {"cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "typesize": width}
+        compress = (
+            {"name": "blosc", "configuration": blosc | {"blocksize": 0}}
+            if self.ids
+            else {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
+        )
+        codecs = [little, compress, {"name": "crc32c"}]
+        if self.inner not in (None, self.chunk):
+            sharding = {
+                "chunk_shape": list(self.inner or ()),
+                "codecs": codecs,
+                "index_codecs": [little, {"name": "crc32c"}],
+                "index_location": "end",
+            }
+            codecs = [{"name": "sharding_indexed", "configuration": sharding}]
+        fill: Any = False if stored == "bool" else 0
+        if np.dtype(stored).kind == "c":
+            fill = [0.0, 0.0]
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": stored,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk)}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": fill,
+            "codecs": codecs,
+            "dimension_names": list(self.dims),
+            "attributes": self.attributes | ({} if stored == self.dtype else {"dtype": self.dtype}),
+        }
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return msgpack-able data, the inverse of `from_plain`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Any) -> "ArraySpec":
+        """Rebuild a spec from a record nobody vouches for; the values are checked when opened."""
+        shapes = {name: tuple(int(n) for n in plain[name]) for name in ("shape", "chunk")}
+        inner = None if plain["inner"] is None else tuple(int(n) for n in plain["inner"])
+        if not all(n >= 0 for n in shapes["shape"]) or not all(n > 0 for n in shapes["chunk"]):
+            raise ValueError(f"{plain['name']!r} has an impossible shape")
+        if math.prod(shapes["chunk"]) > 2**34 or len(shapes["shape"]) != len(shapes["chunk"]):
+            raise ValueError(f"{plain['name']!r} has impossible chunks")
+        if not re.fullmatch(r"(states|steps|data)/[a-z0-9_]+", plain["name"]):
+            raise ValueError(f"{plain['name']!r} is not the name of an array of a run")
+        return cls(
+            name=plain["name"],
+            **shapes,
+            dtype=str(plain["dtype"]),
+            dims=tuple(str(dim) for dim in plain["dims"]),
+            inner=inner,
+            ids=bool(plain["ids"]),
+            attributes=dict(plain["attributes"]),
+        )
+
+
+def rows(name: str, row: Sequence[int], count: int, dtype: str, dims: Sequence[str]) -> ArraySpec:
+    """Lay out an array of `count` equal rows, one file a row, read in pieces of about 4 MiB."""
+    inner = list(row)
+    width = np.dtype(_STORED_AS.get(dtype, dtype)).itemsize
+    for axis in range(len(inner)):
+        while inner[axis] % 2 == 0 and math.prod(inner) * width > 2**22:
+            inner[axis] //= 2
+    shape = (count, *row)
+    chunk = (1, *(max(n, 1) for n in row))
+    return ArraySpec(name, shape, chunk, dtype, tuple(dims), (1, *(max(n, 1) for n in inner)))
+
+
+class Place:
+    """A run directory: a local path, or the URL of any TensorStore key-value store.
+
+    Local writes are atomic and synced before they return. Appending is a real append on a local
+    path, and a rewrite of the whole (small) value on a key-value store.
+    """
+
+    def __init__(self, where: str | os.PathLike):
+        self.where = os.fspath(where)
+        self.path = None if "://" in self.where else pathlib.Path(self.where).absolute()
+        self._kv = None
+        if self.path is None:
+            url = self.where if self.where.endswith("/") else self.where + "/"
+            # One context for each URL would give each `memory://` store a world of its own.
+            self._kv = tensorstore.KvStore.open(url, context=_CONTEXT).result()
+
+    def __str__(self) -> str:
+        return self.where
+
+    def read(self, name: str, *, limit: int = 2**30) -> bytes:
+        """Return the bytes of one file.
+
+        Raises:
+            LogError: it is missing, or larger than `limit` bytes.
+        """
+        size = self.size(name)
+        if size is None:
+            raise LogError(
+                f"{self}: {name} is missing",
+                why="every file that a run names is needed to answer from it",
+                fix="restore the file from a copy of the run",
+            )
+        if size > limit:
+            raise LogError(
+                f"{self}: {name} has {size:,} bytes, more than the {limit:,} it may have",
+                why="a size is checked before memory is taken for it",
+                fix="restore the file from a copy of the run",
+            )
+        if self._kv is not None:
+            return bytes(self._kv.read(name).result().value)
+        return (self._local / name).read_bytes()
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of one file, None where there is none."""
+        if self._kv is not None:
+            result = self._kv.read(name).result()
+            return len(result.value) if result.state == "value" else None
+        try:
+            return (self._local / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write one file, all or nothing, and wait until it is durable."""
+        if self._kv is not None:
+            self._kv.write(name, data).result()
+            return
+        target = self._local / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(target.name + ".part")
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+
+    def append(self, name: str, data: bytes) -> None:
+        """Append to one file and wait until it is durable."""
+        if self._kv is not None:
+            before = self._kv.read(name).result()
+            start = before.value if before.state == "value" else b""
+            self._kv.write(name, bytes(start) + data).result()
+            return
+        target = self._local / name
+        fresh = not target.exists()
+        with open(target, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if fresh:
+            _sync_folder(target.parent)
+
+    def truncate(self, name: str, size: int) -> None:
+        """Cut one file to its first `size` bytes, durably."""
+        if self._kv is not None:
+            self._kv.write(name, self.read(name)[:size]).result()
+            return
+        with open(self._local / name, "r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+
+    def list(self) -> dict[str, int]:
+        """Return the size in bytes of every file, by its name with slashes."""
+        if self._kv is not None:
+            names = [key.decode() for key in self._kv.list().result()]
+            return {name: self.size(name) or 0 for name in names}
+        found = {}
+        for folder, _, files in os.walk(self._local):
+            for file in files:
+                path = pathlib.Path(folder, file)
+                with contextlib.suppress(FileNotFoundError):  # a recorder may be at work
+                    found[path.relative_to(self._local).as_posix()] = path.stat().st_size
+        return found
+
+    def delete(self, name: str) -> None:
+        """Delete a file or a folder; nothing happens where there is none."""
+        if self._kv is not None:
+            self._kv.delete(name).result()
+            # "0" follows "/": the range holds what lies below the folder and nothing else.
+            self._kv.delete_range(tensorstore.KvStore.KeyRange(name + "/", name + "0")).result()
+            return
+        path = self._local / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def kvstore(self, name: str) -> Any:
+        """Return the TensorStore specification of one folder inside."""
+        if self._kv is not None:
+            spec = self._kv.spec().to_json()
+            return {**spec, "path": f"{spec.get('path', '')}{name}/"}
+        return {"driver": "file", "path": f"{self._local / name}/"}
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the right to write; the operating system lets go of it when the process dies.
+
+        Raises:
+            LogError: somebody else holds it; the message says who.
+        """
+        if self._kv is not None:
+            yield  # one writer is the caller's promise there: object stores have no such lock
+            return
+        self._local.mkdir(parents=True, exist_ok=True)
+        with open(self._local / "lock", "a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read(200).decode(errors="replace").strip() or "another process"
+                raise LogError(
+                    f"{self} is being recorded by {holder}",
+                    why="two writers in one run would overwrite each other's steps",
+                    fix="wait for it or stop it, or record into another directory",
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.flush()
+            yield
+            file.truncate(0)
+
+    @property
+    def _local(self) -> pathlib.Path:
+        assert self.path is not None
+        return self.path
+
+
+class StoredArray:
+    """One array of a run, open for reading and writing whole chunks."""
+
+    def __init__(self, place: Place, spec: ArraySpec, *, label: str = ""):
+        self.spec, self._place, self._label = spec, place, label
+        request = {
+            "driver": "zarr3",
+            "kvstore": place.kvstore(spec.name),
+            "metadata": spec.metadata(),
+            "store_data_equal_to_fill_value": True,
+            "fill_missing_data_reads": False,
+        }
+        try:
+            self._array = tensorstore.open(
+                request, open=True, assume_metadata=True, context=_CONTEXT
+            ).result()
+        except ValueError as error:
+            raise LogError(
+                f"{place}: run.msgpack describes {spec.name} in a way that cannot be stored: "
+                f"{str(error).splitlines()[0][:200]}",
+                why="the layout of an array decides where its bytes are looked for",
+                fix="restore run.msgpack from a copy of the run",
+            ) from error
+
+    def read(self, index: Any = ...) -> np.ndarray:
+        """Read a selection.
+
+        Raises:
+            LogError: a chunk is missing or its checksum does not agree; the message names it.
+        """
+        try:
+            values = np.asarray(self._array[index].read().result())
+        except (ValueError, OSError) as error:
+            raise LogError(
+                f"{self._place}: {self.spec.name}{self._label and f' ({self._label})'} cannot be "
+                f"read: {_short(error)}",
+                why="a chunk that is lost or changed would give wrong values",
+                fix="restore the file from a copy of the run; the other states do not need it",
+            ) from error
+        return values.view(self.spec.dtype) if self.spec.dtype in _STORED_AS else values
+
+    def write(self, start: int, values: np.ndarray) -> None:
+        """Write rows from `start` on, and wait until they are durable.
+
+        The rows cover whole chunks: nothing is read back in order to write.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        if self.spec.dtype in _STORED_AS:
+            values = np.asarray(values).view(_STORED_AS[self.spec.dtype])
+        try:
+            self._array[start : start + len(values)].write(
+                values, can_reference_source_data_indefinitely=True
+            ).result()
+        except ValueError as error:
+            raise OSError(f"{self.spec.name}: {_short(error)}") from error
+
+
+def lay_out(place: Place, group: str, specs: Sequence[ArraySpec], **attributes: Any) -> None:
+    """Write the zarr metadata of a group and its arrays, for xarray and zarr-python to open it."""
+    top = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    place.write(f"{group}/zarr.json", json.dumps(top).encode())
+    for spec in specs:
+        place.write(f"{spec.name}/zarr.json", json.dumps(spec.metadata()).encode())
+
+
+def _short(error: Exception) -> str:
+    return str(error).split(" [")[0].splitlines()[0][:300]
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# The trajectory shares the machine with the writer: few threads, no cache of its own.
+_CONTEXT = tensorstore.Context(
+    {
+        "cache_pool": {"total_bytes_limit": 0},
+        "data_copy_concurrency": {"limit": 1},
+        "file_io_concurrency": {"limit": 4},
+    }
+)

@@ -1,0 +1,339 @@
+"""The one loop that executes steps exactly, to record and to replay.
+
+An engine owns the compiled trajectory programs of a run. Recording and replaying hand it the same
+stretches of inputs, so that whatever it computes it computes the same way both times.
+"""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from jaxtyping import Float, Int
+
+from replay.artifact import Signature, compile
+from replay.data import Data, checksum
+from replay.errors import DataError
+from replay.identity import fingerprint, sha256
+from replay.log import Log
+
+
+class Stretch(NamedTuple):
+    """Inputs of neighbouring steps, on the host. Steps `start + first` up to `start + stop`.
+
+    Attributes:
+        start: the step of row 0.
+        first: first row to execute.
+        stop: row after the last to execute.
+        ids: `int32[rows, batch]`.
+        weights: `float32[rows, batch]`; None where all are one.
+        batch: leaves `[rows, batch, ...]`.
+    """
+
+    start: int
+    first: int
+    stop: int
+    ids: np.ndarray
+    weights: np.ndarray | None
+    batch: Sequence[np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """How many steps are to be executed."""
+        return self.stop - self.first
+
+    @property
+    def begin(self) -> int:
+        """The first step."""
+        return self.start + self.first
+
+    def split(self, count: int) -> tuple["Stretch", "Stretch"]:
+        """Return the first `count` steps and the rest."""
+        middle = self.first + count
+        return self._replace(stop=middle), self._replace(first=middle)
+
+
+class Executed(NamedTuple):
+    """What the steps of one call have computed.
+
+    Attributes:
+        start: the first step.
+        count: how many; one unless a whole block ran at once.
+        losses: `[batch]` of one step, or `[count, batch]` of a block.
+        aux: `[]` or `[batch]` each, for a block with a leading axis.
+        grads: of the last step.
+        before: the state before; None if it was donated.
+        after: the state after the last step.
+    """
+
+    start: int
+    count: int
+    losses: Any
+    aux: Sequence[Any]
+    grads: Any
+    before: Any
+    after: Any
+
+
+class Engine(Protocol):
+    """What moves a state, in this process or in another."""
+
+    def load(self, leaves: Sequence[Any]) -> Any:
+        """Take raw leaves (copied) as a state."""
+        ...
+
+    def advance(self, state: Any, stretch: Stretch) -> Iterator[Executed]:
+        """Execute the steps of a stretch, one by one or at once."""
+        ...
+
+    def fingerprint(self, state: Any) -> Any:
+        """Return the fingerprint of a state, `uint32[leaves, 2]`."""
+        ...
+
+    def fetch(self, state: Any) -> Sequence[Any]:
+        """Return the raw leaves of a state, valid whatever happens to the state later."""
+        ...
+
+
+class LocalEngine:
+    """The trajectory programs compiled in this process.
+
+    Args:
+        signature: their leaves.
+        exported: the loaded programs by name.
+        key: the run's key data, two `uint32`.
+        keep: whether every state stays valid, for observers; else each step donates the last.
+    """
+
+    def __init__(
+        self,
+        signature: Signature,
+        exported: Mapping[str, export.Exported],
+        key: Sequence[int],
+        *,
+        keep: bool,
+    ):
+        self._signature, self._keep = signature, keep
+        self._key = jnp.asarray(np.asarray(key, np.uint32))
+        size = (signature.block,) * bool(signature.block) + (signature.batch_size,)
+        self._ones = jnp.ones(size, jnp.float32)
+        self._programs = {
+            name: compile(
+                exported[name], signature, name, donate=not keep and name in ("update", "block")
+            )
+            for name in signature.programs
+        }
+        self._fingerprint = jax.jit(fingerprint)
+        self._copy = jax.jit(lambda leaves: [jnp.copy(leaf) for leaf in leaves])
+
+    def load(self, leaves: Sequence[Any]) -> list[jax.Array]:
+        """Take raw leaves as a state; a copy, because the next step may donate it."""
+        return [jnp.array(leaf, copy=True) for leaf in leaves]
+
+    def fingerprint(self, state: Sequence[jax.Array]) -> jax.Array:
+        """Return the fingerprint of a state, still being computed."""
+        return self._fingerprint(list(state))
+
+    def fetch(self, state: Sequence[jax.Array]) -> list[jax.Array]:
+        """Return a copy of the leaves, still being computed."""
+        return self._copy(list(state))
+
+    def advance(self, state: list[jax.Array], stretch: Stretch) -> Iterator[Executed]:
+        """Execute the steps of a stretch."""
+        if self._signature.block:
+            return self._by_block(state, stretch)
+        return self._by_step(state, stretch)
+
+    def optimized(self) -> dict[str, str]:
+        """Return a hash of the optimized HLO of each program, for the identity of the run."""
+        return {k: sha256((v.as_text() or "").encode()) for k, v in self._programs.items()}
+
+    def _by_step(self, state: list[jax.Array], stretch: Stretch) -> Iterator[Executed]:
+        gradient, update = self._programs["gradient"], self._programs["update"]
+        start, first, stop, ids, weights, batch = stretch
+        signature, key, ones = self._signature, self._key, self._ones
+        to_grads = 1 + len(signature.aux)
+        to_carry = to_grads + len(signature.grads)
+        for i in range(first, stop):
+            results = gradient(
+                *state,
+                key,
+                np.uint32(start + i),
+                ids[i],
+                ones if weights is None else weights[i],
+                *[leaf[i] for leaf in batch],
+            )
+            losses, aux = results[0], results[1:to_grads]
+            grads, carry = results[to_grads:to_carry], results[to_carry:]
+            after = update(*state, *carry, *grads, losses)
+            before = state if self._keep else None
+            yield Executed(start + i, 1, losses, aux, grads, before, after)
+            state = after
+
+    def _by_block(self, state: list[jax.Array], stretch: Stretch) -> Iterator[Executed]:
+        """Run a whole stretch in one call, or, for observers, the same program step by step."""
+        block, start = self._programs["block"], np.uint32(stretch.start)
+        count, reported = len(self._signature.state), 1 + len(self._signature.aux)
+        weights = self._ones if stretch.weights is None else stretch.weights
+        staged = [stretch.ids, weights, *stretch.batch]
+        if self._keep:
+            staged = [jnp.asarray(leaf) for leaf in staged]
+        size = 1 if self._keep else max(stretch.size, 1)
+        for first in range(stretch.first, stretch.stop, size):
+            rows = (np.int32(first), np.int32(first + size))
+            results = block(*state, self._key, start, *rows, *staged)
+            after, rest = results[:count], results[count:]
+            (losses, *aux), grads = rest[:reported], rest[reported:]
+            if self._keep:
+                losses, *aux = (np.asarray(x)[first] for x in (losses, *aux))
+            elif first or size < self._signature.block:
+                losses, *aux = (_Rows(x, first, first + size) for x in (losses, *aux))
+            before = state if self._keep else None
+            yield Executed(stretch.start + first, size, losses, aux, grads, before, after)
+            state = after
+
+
+class _Rows(NamedTuple):
+    """Some rows of a stacked result, cut out on the host when somebody waits for them."""
+
+    stack: Any
+    first: int
+    stop: int
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.stack, dtype)[self.first : self.stop]
+
+
+def stage(
+    read: Callable[[int, int], Stretch], cuts: Iterable[tuple[int, int]], *, ahead: int = 2
+) -> Iterator[Stretch]:
+    """Read stretches in a thread, a few ahead of the loop that executes them.
+
+    Args:
+        read: reads the inputs of steps `[a, b)`.
+        cuts: the neighbouring `(a, b)` to read.
+        ahead: how many stretches may lie ready.
+    """
+    ready: queue.Queue = queue.Queue(maxsize=ahead)
+    stopped = threading.Event()
+
+    def put(item) -> bool:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def work():
+        try:
+            for start, stop in cuts:
+                if not put(read(start, stop)):
+                    return
+            put(None)
+        except BaseException as error:  # raised again where the stretch was wanted
+            put(error)
+
+    threading.Thread(target=work, name="replay-stage", daemon=True).start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+
+
+def cuts(
+    start: int, stop: int, size: int, *, every: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Cut steps `[start, stop)` at multiples of `size` and of `every`, counted from step 0.
+
+    >>> list(cuts(3, 20, 8, every=10))
+    [(3, 8), (8, 10), (10, 16), (16, 20)]
+    """
+    while start < stop:
+        end = (start // size + 1) * size
+        if every:
+            end = min(end, (start // every + 1) * every)
+        yield start, min(end, stop)
+        start = end
+
+
+def stretch_of(
+    signature: Signature,
+    start: int,
+    ids: Int[np.ndarray, "steps batch"],
+    weights: Float[np.ndarray, "steps batch"] | None,
+    batch: Sequence[np.ndarray],
+) -> Stretch:
+    """Make a stretch of steps from `start` on, padded to a whole block where there are blocks."""
+    count = len(ids)
+    if weights is not None and (weights == 1).all():
+        weights = None
+    short = signature.block - count
+
+    def fill(rows):
+        return np.concatenate([rows, np.zeros((short, *rows.shape[1:]), rows.dtype)])
+
+    if short > 0:
+        ids, batch = fill(ids), [fill(leaf) for leaf in batch]
+        weights = None if weights is None else fill(weights)
+    return Stretch(start, 0, count, ids, weights, batch)
+
+
+def staged_steps(signature: Signature) -> int:
+    """Return how many steps are staged together."""
+    each = signature.batch_size * sum(leaf.nbytes for leaf in signature.batch)
+    return signature.block or steps_at_once(each)
+
+
+def steps_at_once(batch_bytes: int) -> int:
+    """Return how many batches of this size are staged together: 64, or what fits in 16 MiB."""
+    return max(1, min(64, 2**24 // max(batch_bytes, 1)))
+
+
+def read_stretch(log: Log, data: Data | None, start: int, stop: int) -> Stretch:
+    """Read the inputs of logged steps, checking external data against what was logged.
+
+    Raises:
+        DataError: a batch is not what it was when the run was recorded, or no data is at hand.
+    """
+    header, order = log.header, log.order
+    weights = log.column("weights", start, stop) if log.has_column("weights") else None
+    if log.has_column("ids"):
+        ids = log.column("ids", start, stop)
+    else:
+        assert order is not None
+        ids = order.batches(start, stop).ids
+    if header.data == "spooled":
+        batch = log.spooled(start, stop)
+    elif data is None:
+        raise DataError(
+            f"{log.place} does not hold its data, and none was given",
+            why="a step is replayed on the batch it was trained on",
+            fix=f"replay.open({str(log.place)!r}, data=...)",
+        )
+    else:
+        batch = data.leaves(ids)
+    if log.has_column("batch_crc32c"):
+        differ = np.flatnonzero(checksums(batch) != log.column("batch_crc32c", start, stop))
+        if len(differ):
+            step = start + int(differ[0])
+            raise DataError(
+                f"the data has changed: the batch of step {step} (samples "
+                f"{ids[differ[0]][:8].tolist()}, ...) has other content than when it was recorded",
+                why="a step is replayed on the bits it was trained on",
+                fix="pass the data as it was, in the same order and preprocessing",
+            )
+    return stretch_of(header.signature, start, ids, weights, batch)
+
+
+def checksums(batches: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the crc32c of each batch, `uint32[steps]`, from leaves `[steps, batch, ...]`."""
+    steps = len(batches[0])
+    return np.array([checksum([leaf[i] for leaf in batches]) for i in range(steps)], np.uint32)

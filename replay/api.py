@@ -80,8 +80,10 @@ def record(
     Raises:
         ReplayError: as `Recorder`.
     """
-    with Recorder(path, program, data, order, key=key, **options) as recorder:
-        with _progress("recording", len(order.bind(len(Data.of(data)))), progress) as report:
+    source = Data.of(data)
+    with Recorder(path, program, source, order, key=key, **options) as recorder:
+        with _progress("recording", recorder.steps or 0, progress) as report:
+            report(recorder.step)
             steps = 1
             while True:
                 begin, before = recorder.step, time.perf_counter()
@@ -91,7 +93,10 @@ def record(
                 # About five reports a second: asking for the loss waits for the step.
                 pace = (recorder.step - begin) / max(time.perf_counter() - before, 1e-6)
                 steps = max(1, min(4 * steps, int(0.2 * pace)))
-    return open(path, program=program, data=data)
+    log = Log(Place(path))
+    if log.header.data == "embedded":
+        source = _embedded(log, source.tree)
+    return Run(log, source, tree=state_tree(program))
 
 
 def open(
@@ -137,7 +142,7 @@ class Run:
         log: the record.
     """
 
-    def __init__(self, log: Log, data: Data | None, *, tree: Any, allow: Sequence[str]):
+    def __init__(self, log: Log, data: Data | None, *, tree: Any, allow: Sequence[str] = ()):
         self.log, self._data, self._tree, self._allow = log, data, tree, tuple(allow)
         self._replayer = Replayer(log, data, allow=allow)
 
@@ -427,9 +432,8 @@ def _progress(what: str, total: int, show: bool | None) -> Iterator[Callable[...
 
         def report(steps: int, loss: float | None = None) -> None:
             speed = bar.tasks[0].speed
-            fields = {"speed": f"{speed:,.0f} steps/s" if speed else ""}
+            bar.update(task, advance=steps, speed=f"{speed:,.0f} steps/s" if speed else "")
             if loss is not None:
-                fields["loss"] = f"loss {loss:.4g}"
-            bar.update(task, advance=steps, **fields)
+                bar.update(task, loss=f"loss {loss:.4g}")
 
         yield report

@@ -17,7 +17,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 
 from replay.errors import IdentityError, LogError, ProgramError
-from replay.identity import sha256
+from replay.identity import setting, sha256
 from replay.program import Inputs, Program
 from replay.tree import Leaf, describe, lift, lower
 
@@ -124,14 +124,14 @@ class Signature:
                 name: tuple(_leaf(item) for item in plain[name])
                 for name in ("state", "batch", "losses", "aux", "grads", "carry")
             }
-            sizes = {name: _count(plain[name], 2**31) for name in ("batch_size", "block")}
+            batch_size, block = (_count(plain[name], 2**31) for name in ("batch_size", "block"))
         except (KeyError, TypeError, ValueError) as error:
             raise LogError(
                 f"run.msgpack describes the program's leaves in a form that is not known: {error}",
                 why="shapes and types decide what is read from disk and what is executed",
                 fix="restore the file from a copy of the run",
             ) from error
-        return cls(**groups, **sizes)
+        return cls(**groups, batch_size=batch_size, block=block)
 
 
 def trace(
@@ -186,14 +186,6 @@ def trace(
         _same_form(state_leaves, after)
         return lower(after)
 
-    def losses(*raw):
-        return lower(program.losses(as_state(raw[:count]), as_inputs(*raw[count:])))
-
-    def sample_gradient(*raw):
-        *raw, position = raw
-        state, inputs = as_state(raw[:count]), as_inputs(*raw[count:])
-        return lower(program.sample_gradient(state, inputs, position))
-
     def block_of_steps(*raw):
         state, (key_data, start, first, stop, *staged) = raw[:count], raw[count:]
         empty = [jnp.zeros(x.shape, x.dtype) for x in signature.results("block")[count:]]
@@ -225,10 +217,20 @@ def trace(
         exported["update"] = _export(update, signature, "update")
         if block:
             exported = {"block": _export(block_of_steps, signature, "block")}
-        if program.losses is not None:
-            exported["losses"] = _export(losses, signature, "losses")
-        if program.sample_gradient is not None:
-            exported["sample_gradient"] = _export(sample_gradient, signature, "sample_gradient")
+        if (losses := program.losses) is not None:
+
+            def losses_of(*raw):
+                return lower(losses(as_state(raw[:count]), as_inputs(*raw[count:])))
+
+            exported["losses"] = _export(losses_of, signature, "losses")
+        if (sample_gradient := program.sample_gradient) is not None:
+
+            def gradient_at(*raw):
+                *raw, position = raw
+                state, inputs = as_state(raw[:count]), as_inputs(*raw[count:])
+                return lower(sample_gradient(state, inputs, position))
+
+            exported["sample_gradient"] = _export(gradient_at, signature, "sample_gradient")
     return signature, exported
 
 
@@ -247,7 +249,7 @@ def _export(function, signature, name):
 @contextlib.contextmanager
 def _without_locations() -> Iterator[None]:
     """Keep file names and line numbers of this machine out of the exported programs."""
-    before = jax.config.jax_traceback_in_locations_limit
+    before = setting("jax_traceback_in_locations_limit")
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
         yield
@@ -354,10 +356,11 @@ def load(
             why="the two files were not written by one recording",
             fix="restore both from a copy of the run",
         )
-    if jax.default_backend() not in exported.platforms:
+    here = jax.default_backend()
+    if not {"gpu": {"cuda", "rocm"}}.get(here, {here}) & set(exported.platforms):
         raise IdentityError(
             f"the run was recorded on {'/'.join(exported.platforms)}; "
-            f"this process computes on {jax.default_backend()}",
+            f"this process computes on {here}",
             why="another kind of device has other arithmetic",
             fix="open the run on such a device; stored checkpoints can be read anywhere",
         )

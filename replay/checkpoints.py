@@ -87,7 +87,7 @@ class Schedule:
             if steps is not None:
                 self.every = math.ceil(max(steps, 1) / (rows - 1))
             else:
-                self._rows, self.every = rows, 1
+                self._rows, self.every = rows - 1, 1  # the last state takes one
 
     def due(self, state: int, *, busy: float, wall: float) -> bool:
         """Tell whether a state just reached is to be stored.
@@ -99,6 +99,9 @@ class Schedule:
         """
         if state == self._last:
             return False
+        if self._rows is not None and self.every is not None:
+            while state % self.every == 0 and self._on_grid(self.every) >= self._rows:
+                self.every *= 2
         if self.every is not None:
             due = state % self.every == 0
         elif self._policy.seconds is not None:
@@ -111,11 +114,12 @@ class Schedule:
 
     def give_up(self, state: int) -> tuple[int, ...]:
         """Record that a state is stored; return those to drop so that the budget holds."""
-        self._stored.append(state)
-        if self._rows is None or self.every is None or len(self._stored) <= self._rows:
+        earlier, self._stored = self._stored, [*self._stored, state]
+        if self._rows is None or self.every is None:
             return ()
-        while len([s for s in self._stored if s % self.every == 0]) > self._rows:
-            self.every *= 2
-        dropped = tuple(s for s in self._stored[:-1] if s % self.every and s != 0)
+        dropped = tuple(s for s in earlier if s % self.every)
         self._stored = [s for s in self._stored if s not in dropped]
         return dropped
+
+    def _on_grid(self, every: int) -> int:
+        return sum(state % every == 0 for state in self._stored)

@@ -150,10 +150,15 @@ def environment() -> dict[str, Any]:
         "threads": threads(),
         "processor": _processor(),
         "xla_flags": {name: flags[name] for name in sorted(flags) if name in NUMERIC_FLAGS},
-        "x64": bool(jax.config.jax_enable_x64),
-        "matmul_precision": str(jax.config.jax_default_matmul_precision),
-        "threefry_partitionable": bool(jax.config.jax_threefry_partitionable),
+        "x64": bool(setting("jax_enable_x64")),
+        "matmul_precision": str(setting("jax_default_matmul_precision")),
+        "threefry_partitionable": bool(setting("jax_threefry_partitionable")),
     }
+
+
+def setting(name: str) -> Any:
+    """Return one of JAX's settings as it holds in this thread."""
+    return getattr(jax.config, name)
 
 
 def differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple]:

@@ -19,9 +19,16 @@ _MAGIC = b"RPLY"
 _LIMIT = 2**28
 
 
+def pack(payload: Any) -> bytes:
+    """Pack msgpack-able data."""
+    data = msgpack.packb(payload)
+    assert data is not None  # the stubs allow for a packer that keeps its buffer
+    return data
+
+
 def frame(payload: Any) -> bytes:
     """Pack msgpack-able data into one frame."""
-    data = msgpack.packb(payload)
+    data = pack(payload)
     return _HEAD.pack(_MAGIC, len(data), _checksum(data)) + data
 
 

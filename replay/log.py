@@ -134,7 +134,7 @@ def layouts(
     chunk = max(64, min(4096, _COLUMN_BYTES // (4 * size)))
     states = []
     for i, leaf in enumerate(signature.state):
-        spec = rows(f"states/{i}", leaf.shape, steps + 1, leaf.dtype, _dims("checkpoint", leaf))
+        spec = rows(f"states/{i}", leaf.shape, steps + 1, leaf.dtype, _dims("checkpoint", i, leaf))
         states.append(dataclasses.replace(spec, attributes={"path": leaf.path}))
 
     def column(name: str, dtype: str, **attributes: Any) -> ArraySpec:
@@ -157,9 +157,9 @@ def layouts(
     data = []
     for i, leaf in enumerate(signature.batch):
         if spool:
-            row, count, dims = (size, *leaf.shape), steps, _dims("step", leaf, 1)
+            row, count, dims = (size, *leaf.shape), steps, _dims("step", i, leaf, 1)
         else:
-            row, count, dims = leaf.shape, samples, _dims("sample", leaf)
+            row, count, dims = leaf.shape, samples, _dims("sample", i, leaf)
         each = max(1, size * leaf.nbytes if spool else leaf.nbytes)
         piece = (max(1, min(count, 2**22 // each)), *(max(n, 1) for n in row))
         attributes = {"path": leaf.path}
@@ -170,8 +170,9 @@ def layouts(
     return {"states": tuple(states), "steps": tuple(columns), "data": stored}
 
 
-def _dims(first: str, leaf: Leaf, extra: int = 0) -> tuple[str, ...]:
-    return (first, *(f"axis_{i}" for i in range(len(leaf.shape) + extra)))
+def _dims(first: str, number: int, leaf: Leaf, extra: int = 0) -> tuple[str, ...]:
+    """Name the axes so that no two arrays of a group share one but the first, as xarray asks."""
+    return (first, *(f"leaf_{number}_axis_{i}" for i in range(len(leaf.shape) + extra)))
 
 
 def create(

@@ -116,8 +116,8 @@ class Program:
         batch_losses = _coupled(loss) if batched else _separate(loss)
 
         def init_state(key):
-            params = start(key)
-            model_state = ()
+            params: Any = start(key)
+            model_state: Any = ()
             if batched and type(params) is tuple and len(params) == 2:
                 params, model_state = params
             return State(params, optimizer.init(params), model_state)
@@ -359,7 +359,8 @@ def _coupled(loss):
 
 def _scalar(result):
     """Split what a per-sample loss returned into `(scalar, aux)`."""
-    value, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, ())
+    pair: Any = result if isinstance(result, tuple) and len(result) == 2 else (result, ())
+    value, aux = pair
     if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise ProgramError(
             f"the loss of one example is {jnp.result_type(value)}{list(jnp.shape(value))}, "

@@ -245,9 +245,8 @@ class Recorder:
                 why="the program is compiled for one shape of batch",
                 fix="pad the batch and give the padding weight 0: feed(batch, weights=...)",
             )
-        if ids is None:
-            ids = (np.arange(size) + step * size) % (2**31 - 1)
-        rows = np.asarray(ids, np.int32).reshape(1, size)
+        running = (np.arange(size) + step * size) % (2**31 - 1)
+        rows = np.asarray(running if ids is None else ids, np.int32).reshape(1, size)
         factors = None if weights is None else np.asarray(weights, np.float32).reshape(1, size)
         leaves = [leaf[None] for leaf in fed.leaves(np.arange(size))]
         self._open().execute(Stretch(step, 0, 1, rows, factors, leaves))

@@ -59,7 +59,7 @@ class Recording:
         self._results: list[Result] = []
         self._columns: list[tuple[str, int, np.ndarray]] = []
         self._metrics: list[tuple[int, dict[str, float]]] = []
-        self._committed = start
+        self._committed, self._intact = start, True
         self._began = self._committed_at = time.perf_counter()
         self._busy = 0.0
         if log.durable.checkpoints:
@@ -73,16 +73,14 @@ class Recording:
 
     def execute(self, stretch: Stretch) -> None:
         """Execute a stretch; a checkpoint can only fall on its end."""
-        begun = time.perf_counter()
+        begun, self._intact = time.perf_counter(), False
         losses, aux, count = [], [], 0
         for executed in self.engine.advance(self.state, stretch):
             self.state, self.last = executed.after, executed
             losses.append(executed.losses)
             aux.append(executed.aux)
             count += executed.count
-        if not count:
-            return
-        self.step += count
+        self.step, self._intact = self.step + count, True
         elapsed = time.perf_counter() - begun
         self._busy += elapsed
         self._keep(stretch, losses, aux, round(1e6 * elapsed / count))
@@ -95,9 +93,13 @@ class Recording:
             self._commit(checkpoint=False)
 
     def close(self, *, complete: bool) -> None:
-        """Store the state reached, unless it is stored, and wait until all is durable."""
+        """Store the state reached, unless it is stored, and wait until all is durable.
+
+        A stretch that was interrupted half way has no state to store: the run then ends at its
+        last commit, and `resume` repeats what came after.
+        """
         try:
-            if self.step not in self._stored or complete:
+            if self._intact and (complete or self._metrics or self.step not in self._stored):
                 self._commit(checkpoint=self.step not in self._stored, closed=complete)
             self._report_test()
         finally:
@@ -124,8 +126,6 @@ class Recording:
             self._columns.append((name, stretch.begin, known[name]()))
 
     def _commit(self, *, checkpoint: bool, closed: bool = False) -> None:
-        if self.writer.error is not None:  # nothing more is recorded; do not hoard it
-            self.writer.submit(Commit(self.step, None))
         if checkpoint:
             self.writer.wait_for_checkpoint()
         leaves = self.engine.fetch(self.state) if checkpoint else None

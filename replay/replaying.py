@@ -331,7 +331,7 @@ class Replayer:
         loaded = {
             name: artifact.load(name, files[name], signature, allow=self._allow) for name in files
         }
-        if settable(self.differences):
+        if settable(self.differences, header.environment.get("platform", "cpu")):
             engine: Engine = RemoteEngine(
                 signature, files, header.key, keep=keep, recorded=header.environment
             )

@@ -236,7 +236,7 @@ class Place:
     def delete(self, name: str) -> None:
         """Delete a file or a folder; nothing happens where there is none."""
         if self._kv is not None:
-            self._kv.delete(name).result()
+            self._kv.write(name, None).result()  # None deletes
             # "0" follows "/": the range holds what lies below the folder and nothing else.
             self._kv.delete_range(tensorstore.KvStore.KeyRange(name + "/", name + "0")).result()
             return

@@ -7,7 +7,7 @@ stretches of inputs, so that whatever it computes it computes the same way both 
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -211,7 +211,7 @@ class _Rows(NamedTuple):
 
 def stage(
     read: Callable[[int, int], Stretch], cuts: Iterable[tuple[int, int]], *, ahead: int = 2
-) -> Iterator[Stretch]:
+) -> Generator[Stretch, None, None]:
     """Read stretches in a thread, a few ahead of the loop that executes them.
 
     Args:

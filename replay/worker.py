@@ -22,15 +22,17 @@ from replay import artifact
 from replay.artifact import Signature
 from replay.errors import IdentityError
 from replay.identity import NUMERIC_FLAGS, environment
+from replay.journal import pack
 from replay.trajectory import Executed, LocalEngine, Stretch
 
 # Settings that a fresh process can be given; everything else about a machine is what it is.
 SETTABLE = ("threads", "xla_flags", "x64", "matmul_precision", "threefry_partitionable")
 
 
-def settable(differences: Mapping[str, tuple]) -> bool:
-    """Tell whether a worker can be given the recorded settings that differ here."""
-    return any(name in SETTABLE for name in differences)
+def settable(differences: Mapping[str, tuple], platform: str) -> bool:
+    """Tell whether settings differ that a worker can be given, and that matter on a platform."""
+    beside = () if platform == "cpu" else ("threads",)
+    return any(name in SETTABLE and name not in beside for name in differences)
 
 
 def _variables(recorded: Mapping[str, Any]) -> dict[str, str]:
@@ -52,8 +54,9 @@ def _variables(recorded: Mapping[str, Any]) -> dict[str, str]:
     precision = recorded.get("matmul_precision")
     if precision in ("default", "high", "highest", "bfloat16", "tensorfloat32", "float32"):
         variables["JAX_DEFAULT_MATMUL_PRECISION"] = precision
-    if recorded.get("platform") in ("cpu", "gpu", "tpu"):
-        variables["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(recorded["platform"], recorded["platform"])
+    platforms = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
+    if recorded.get("platform") in platforms:
+        variables["JAX_PLATFORMS"] = platforms[recorded["platform"]]
     return variables
 
 
@@ -258,7 +261,7 @@ def serve(input_descriptor: int, output_descriptor: int) -> None:
 def _send(connection: Connection, numbers: Mapping[str, Any], arrays: Sequence[Any]) -> None:
     host = [np.asarray(array) for array in arrays]
     forms = [(str(array.dtype), array.shape) for array in host]
-    connection.send_bytes(msgpack.packb([dict(numbers), forms]))
+    connection.send_bytes(pack([dict(numbers), forms]))
     for array in host:
         if array.nbytes:
             connection.send_bytes(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,49 @@
+"""The README's programs run as they stand, with the real libraries, and print what it says."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+PROGRAMS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def run(program: str, directory: pathlib.Path) -> str:
+    script = f"import sys; sys.path.insert(0, {str(README.parent)!r})\n" + program
+    finished = subprocess.run(
+        [sys.executable, "-c", script], cwd=directory, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_there_is_a_program_for_each_kind_of_script():
+    words = ["replay.record", "Program.linen", "grain.MapDataset", "datasets.Dataset"]
+    assert [[word in program for program in PROGRAMS].index(True) for word in words] == [0, 1, 2, 3]
+
+
+def test_the_first_program_prints_what_the_readme_shows(tmp_path):
+    printed = run(PROGRAMS[0], tmp_path).splitlines()
+    shown = re.search(r"```text\n(.*?)```", README.read_text(), flags=re.DOTALL).group(1)
+    first, grade, audit, *_ = shown.splitlines()
+    assert printed[0] == first
+    assert printed[1] == grade
+    assert printed[2].rpartition(",")[0] == audit.rpartition(",")[0]
+    steps = [line.split()[0] for line in printed[4:]]
+    assert steps == ["100", "101", "102"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3], ids=["linen", "grain", "hugging face"])
+def test_the_programs_for_real_libraries_run(number, tmp_path):
+    printed = run(PROGRAMS[number], tmp_path)
+    if number == 1:
+        accuracies = [float(x) for x in re.findall(r"\d\.\d+", printed)]
+        assert len(accuracies) == 5
+        assert accuracies[-1] > 0.7
+    elif number == 2:
+        assert "56 steps (closed)" in printed
+    else:
+        assert "BITWISE BITWISE" in printed

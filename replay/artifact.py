@@ -28,15 +28,18 @@ KEY_IMPLEMENTATION = "threefry2x32"
 
 # What a program from a stranger may call: pure numerics that jaxlib itself registers. A Python
 # callback in this place has crashed the process; a Triton kernel would be foreign code.
+_LAPACK = "gees geev gehrd geqrf gesdd getrf gtsv heevd hetrd orgqr potrf syevd sytrd trsm ungqr"
+_SOLVER = "geqrf gesdd gesvd gesvdj getrf orgqr potrf syevd sytrd"
 ALLOWED_CALLS = frozenset(
     {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"}
-    | {"cu_threefry2x32_ffi", "hip_threefry2x32_ffi", "ApproxTopK", "AllocateBuffer"}
-    | {f"lapack_{t}{f}_ffi" for t in "sdcz" for f in ("geqrf", "gesdd", "gesvd", "getrf", "potrf")}
-    | {f"lapack_{t}{f}_ffi" for t in "sdcz" for f in ("trsm", "gehrd", "sytrd", "hetrd", "geev")}
-    | {f"lapack_{t}{f}_ffi" for t in "sdcz" for f in ("orgqr", "ungqr", "syevd", "heevd", "gees")}
-    | {f"cu{lib}_{f}_ffi" for lib in ("solver",) for f in ("getrf", "geqrf", "syevd", "potrf")}
-    | {f"cusolver_{f}_ffi" for f in ("gesvd", "gesvdj", "orgqr", "csrlsvqr", "sytrd")}
-    | {"cublas_getrf_batched_ffi", "cublas_geqrf_batched_ffi"}
+    | {"ApproxTopK", "AllocateBuffer", "cusparse_gtsv2_ffi"}
+    | {f"lapack_{kind}{routine}_ffi" for kind in "sdcz" for routine in _LAPACK.split()}
+    | {f"{gpu}solver_{routine}_ffi" for gpu in ("cu", "hip") for routine in _SOLVER.split()}
+    | {
+        f"{gpu}_{f}"
+        for gpu in ("cu", "hip")
+        for f in ("lu_pivots_to_permutation", "threefry2x32_ffi")
+    }
 )
 
 

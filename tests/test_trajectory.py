@@ -1,0 +1,49 @@
+import threading
+
+import numpy as np
+import pytest
+
+from replay.trajectory import Stretch, cuts, stage, steps_at_once
+
+
+def test_steps_are_cut_at_multiples_counted_from_step_zero():
+    assert list(cuts(0, 10, 4)) == [(0, 4), (4, 8), (8, 10)]
+    assert list(cuts(3, 20, 8, every=10)) == [(3, 8), (8, 10), (10, 16), (16, 20)]
+    assert list(cuts(5, 5, 4)) == []
+
+
+def test_a_stretch_splits_into_views():
+    ids = np.arange(8).reshape(4, 2)
+    stretch = Stretch(10, 0, 4, ids, None, [ids])
+    first, rest = stretch.split(1)
+    assert (first.begin, first.size, rest.begin, rest.size) == (10, 1, 11, 3)
+    assert rest.ids is ids
+
+
+def test_few_large_or_many_small_batches_are_staged_together():
+    assert steps_at_once(0) == 64
+    assert steps_at_once(2**20) == 16
+    assert steps_at_once(2**30) == 1
+
+
+def test_an_error_while_reading_is_raised_where_the_stretch_was_wanted():
+    def read(start, stop):
+        if start == 4:
+            raise ValueError("unreadable")
+        return start
+
+    staged = stage(read, cuts(0, 8, 2))
+    assert [next(staged), next(staged)] == [0, 2]
+    with pytest.raises(ValueError, match="unreadable"):
+        next(staged)
+
+
+def test_closing_ends_the_reading_thread():
+    before = threading.active_count()
+    staged = stage(lambda a, b: a, cuts(0, 10**9, 1))
+    assert next(staged) == 0
+    staged.close()
+    for thread in threading.enumerate():
+        if thread.name == "replay-stage":
+            thread.join(timeout=5)
+    assert threading.active_count() == before

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 _LOSS, _BAD, _GREY = "#0072b2", "#d50000", "#8a8a8a"
 _METRICS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
+_LEGEND = {"loc": "best", "fontsize": "small", "edgecolor": "none", "framealpha": 0.85}
+
 # Name, steps and values of a metric where it was logged.
 _Metric = tuple[str, np.ndarray, np.ndarray]
+
+_MOST_METRICS = 20
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _NOT_FINITE = "×"
@@ -69,7 +73,7 @@ def plot_loss(run: Run, *, width: float = 9.0) -> "Figure":
         LogError: a logged column is missing or damaged.
     """
     try:
-        import matplotlib.figure
+        from matplotlib import figure, ticker
     except ImportError as error:
         raise ReplayError(
             "matplotlib is not installed",
@@ -78,33 +82,35 @@ def plot_loss(run: Run, *, width: float = 9.0) -> "Figure":
         ) from error
 
     history = run.history()
-    step, loss = history.pop("step"), history.pop("loss").astype(np.float64)
-    epoch = history.pop("epoch", None)
-    del history["seconds"]
-    panels = _panels(history)
-    figure = matplotlib.figure.Figure(
+    loss, epoch = history["loss"].astype(np.float64), history.get("epoch")
+    metrics = [name for name in history if name not in ("step", "loss", "epoch", "seconds")]
+    panels = _panels({name: history[name] for name in metrics[:_MOST_METRICS]})
+    picture = figure.Figure(
         figsize=(width, width * (0.4 + 0.2 * len(panels))), layout="constrained"
     )
     heights = [2.0] + [1.1] * len(panels)
-    axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    axes = picture.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
+    axes = list(axes[:, 0])
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#e8e8e8", linewidth=0.7)
         ax.set_axisbelow(True)
     _draw_loss(axes[0], loss, run.checkpoints)
-    for ax, metrics in zip(axes[1:], panels, strict=True):
-        _draw_metrics(ax, metrics)
-    if epoch is not None:
+    for ax, panel in zip(axes[1:], panels, strict=True):
+        _draw_metrics(ax, panel)
+    if epoch is not None and epoch.size:
         _draw_epochs(axes, epoch)
     margin = max(0.5, 0.01 * run.steps)
     axes[-1].set_xlim(-margin, run.steps + margin)
-    axes[-1].set_xlabel("step")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    rest = len(metrics) - _MOST_METRICS
+    axes[-1].set_xlabel("step" + (f" ({rest:,} more metrics are not drawn)" if rest > 0 else ""))
+    axes[-1].xaxis.set_major_locator(ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes[-1].xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
     weights = sum(math.prod(leaf.shape) for leaf in run.tensors)
     name = run.path.rstrip("/").rpartition("/")[2]
     title = f"{_label(name)}: {run.steps:,} step{'s' * (run.steps != 1)}, {weights:,} weights"
     axes[0].set_title(title, loc="left", fontweight="bold", pad=8)
-    return figure
+    return picture
 
 
 def _panels(columns: dict[str, np.ndarray]) -> list[list[_Metric]]:
@@ -142,38 +148,39 @@ def _draw_loss(ax: "Axes", loss: np.ndarray, checkpoints: Sequence[int]) -> None
         ax.vlines(bad[:1000], 0, 1, color=_BAD, linewidth=0.8, alpha=0.35, transform=edge)
         more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
         label = f"not finite: step {bad[0]} ({loss[bad[0]]}){more}"
-        top = np.ones(min(len(bad), 1000))
-        ax.plot(bad[:1000], top, "x", color=_BAD, transform=edge, clip_on=False, label=label)
+        ax.plot(bad[:1000], [0.97] * len(bad[:1000]), "x", color=_BAD, transform=edge, label=label)
     ax.set_ylabel("loss (mean of the batch)")
-    ax.legend(loc="best", frameon=False, fontsize="small")
+    ax.legend(**_LEGEND)
 
 
 def _draw_metrics(ax: "Axes", metrics: Sequence[_Metric]) -> None:
     for number, (name, at, values) in enumerate(metrics):
-        _curve(ax, at, values, _METRICS[number % len(_METRICS)], name=_label(name))
+        _curve(ax, at, values, _METRICS[number % len(_METRICS)], _label(name))
     alone = len(metrics) == 1
-    ax.set_ylabel(_label(metrics[0][0]) if alone else "metrics")
-    ax.legend(loc="best", frameon=False, fontsize="small")
+    ax.set_ylabel(_label(metrics[0][0])[:24] if alone else "metrics")
+    ax.legend(**_LEGEND)
 
 
-def _curve(ax: "Axes", at: np.ndarray, values: np.ndarray, color: str, *, name: str = "") -> None:
+def _curve(ax: "Axes", at: np.ndarray, values: np.ndarray, color: str, name: str = "") -> None:
     """Draw a value at each step: with dots where they are few, else lightly under a median."""
-    prefix = f"{name}, " if name else ""
     if len(values) <= 60:
-        ax.plot(at, values, "o-", color=color, linewidth=1.2, markersize=3, label=name or "step")
+        ax.plot(
+            at, values, "o-", color=color, linewidth=1.2, markersize=3, label=name or "each step"
+        )
         return
+    half = len(values) // 50
+    median = f"running median of {2 * half + 1}"
+    each, median = ("", f"{name}, {median}") if name else ("each step", median)
     # Minimum and maximum of what falls into one pixel look like all of it.
     starts = np.arange(0, len(values), -(-len(values) // 2000))
     extremes = [np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)]
     light = np.stack(extremes, axis=1).reshape(-1)
-    ax.plot(np.repeat(at[starts], 2), light, color=color, linewidth=0.6, alpha=0.3)
-    half = len(values) // 50
+    ax.plot(np.repeat(at[starts], 2), light, color=color, linewidth=0.6, alpha=0.35, label=each)
     centres = np.unique(np.linspace(0, len(values) - 1, 400).round().astype(int))
     # The first windows grow from nothing, lest the median hide how steeply a training starts.
     windows = [values[max(0, c - min(half, c)) : c + min(half, c) + 1] for c in centres]
     medians = [np.median(w[np.isfinite(w)]) if np.isfinite(w).any() else np.nan for w in windows]
-    label = f"{prefix}median of {2 * half + 1} steps"
-    ax.plot(at[centres], medians, color=color, linewidth=1.8, label=label)
+    ax.plot(at[centres], medians, color=color, linewidth=1.8, label=median)
 
 
 def _choose_scale(ax: "Axes", values: np.ndarray) -> None:

@@ -33,6 +33,7 @@ WITHIN_A_LAYER = {
     ("recording", "selftest"): "the proof runs beside the first steps of a recording",
     ("recorder", "recording"): "a recorder ends by handing over a recording",
     ("recorder", "selftest"): "what is compiled for a recording is compiled for its proof",
+    ("report", "api"): "a picture is drawn of a run, and no run draws itself",
     ("cli", "demo"): "`replay demo` is one of the commands",
 }
 

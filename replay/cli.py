@@ -1,0 +1,437 @@
+"""The command line: what is parsed, called and printed, and which audits this user remembers.
+
+What a run says about itself is printed as plain text: it may come from a stranger, and a name
+must not colour, move or overwrite anything in the terminal that shows it.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import pathlib
+import re
+import socket
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+import tyro
+from rich.filesize import decimal
+from rich.text import Text
+
+from replay import demo, report
+from replay.api import Run, open
+from replay.errors import Grade, LogError, ReplayError, printable
+from replay.identity import sha256
+from replay.log import HEADER, JOURNAL
+from replay.replaying import Audit
+from replay.tree import lower, paths
+
+_STYLES = {Grade.BITWISE: "green", Grade.NUMERIC: "yellow", Grade.FAILED: "red"}
+_MOST_TENSORS = 20
+
+_Where = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
+app = tyro.extras.SubcommandApp()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after `replay`; those of this process by default.
+
+    Returns:
+        The exit code: 0 for success, 1 where a replay is not bit for bit the run, 2 where there
+        is no answer. A word that no command knows ends the process with 2.
+    """
+    try:
+        return app.cli(
+            args=arguments,
+            prog="replay",
+            description="Record a JAX training run, and ask afterwards what happened, bit for bit.",
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except ReplayError as error:
+        parts = (f"error: {error.what}", f"  why: {error.why}", f"  fix: {error.fix}")
+        _say(*parts, stderr=True)
+        return 2
+
+
+@app.command(name="demo")
+def run_demo(directory: pathlib.Path = pathlib.Path("runs")) -> int:
+    """Record a small training and replay it in a process that lacks its code.
+
+    A convolutional network learns scikit-learn's digits. Then another process, to which the code
+    of the network is barred, audits the run and asks for a state that was never stored. The run
+    is DIRECTORY/digits, or digits-2 where that exists, and so on: nothing is ever overwritten.
+    Exits with 1 unless the audit is BITWISE.
+
+    Example: replay demo --directory runs
+
+    Args:
+        directory: where the run and the picture of its losses go
+    """
+    return demo.main(directory)
+
+
+@app.command
+def ls(
+    directory: Annotated[
+        pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")
+    ] = pathlib.Path("."),
+) -> int:
+    """List all runs below a directory.
+
+    The grade is BITWISE only where you have audited the run, and it has not changed since.
+
+    Example: replay ls runs
+
+    Args:
+        directory: where to look
+    """
+    if not directory.is_dir():
+        raise LogError(
+            f"{directory} is not a directory",
+            why="runs are looked for below a directory",
+            fix="replay ls DIR, with a directory that holds runs",
+        )
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("run", "program"):
+        table.add_column(name, overflow="fold")
+    for name in ("steps", "weights", "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("closed", "created", "grade"):
+        table.add_column(name, no_wrap=True)
+    unreadable = []
+    for folder in _runs_below(directory):
+        name = folder.relative_to(directory) if folder != directory else folder
+        try:
+            run = open(folder)
+        except ReplayError as error:
+            unreadable.append(f"{name} cannot be opened: {error.what}")
+            continue
+        grade, _ = _grade(run)
+        table.add_row(
+            _plain(name),
+            _plain(run.log.header.name),
+            f"{run.steps:,}",
+            f"{_weights(run):,}",
+            decimal(sum(run.log.place.list().values())),
+            "yes" if run.log.durable.closed else "no",
+            _time(run.log.header.created),
+            Text(grade.name, style=_STYLES.get(grade, "")),
+        )
+    if table.row_count:
+        _console().print(table)
+    elif not unreadable:
+        _say(f"there are no runs below {directory}")
+    _say(*unreadable)
+    return 0
+
+
+@app.command
+def show(run: _Where) -> int:
+    """Show what a run is, where it was recorded, and what it takes on disk.
+
+    Example: replay show runs/digits
+
+    Args:
+        run: the run directory, or the URL of a key-value store
+    """
+    recorded = open(run)
+    header, durable = recorded.log.header, recorded.log.durable
+    grade, note = _grade(recorded)
+    planned = "" if header.order is None else f" of {header.steps:,}"
+    closed = "closed" if durable.closed else "not closed"
+    tensors = [_plain(leaf) for leaf in recorded.tensors]
+    more = [f"and {len(tensors) - _MOST_TENSORS:,} more"] if len(tensors) > _MOST_TENSORS else []
+    table = rich.table.Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in {
+        "run": _plain(recorded.path),
+        "grade": Text.assemble((grade.name, _STYLES.get(grade, "")), _plain(note)),
+        "program": _plain(f"{header.name}, dispatched by {recorded.dispatch}"),
+        "steps": f"{recorded.steps:,}{planned}, {closed}, recorded {_time(header.created)}",
+        "loss": _losses(recorded),
+        "batches": f"{header.signature.batch_size:,} samples each",
+        "order": _plain(recorded.order or "as fed"),
+        "data": _plain(header.data),
+        "stored states": _states(recorded),
+        "recorded with": _plain(", ".join(f"{k} {v}" for k, v in header.environment.items())),
+        "weights": "\n".join(
+            [f"{_weights(recorded):,} in {len(tensors):,} tensors", *tensors[:_MOST_TENSORS], *more]
+        ),
+        "bytes": _sizes(recorded),
+    }.items():
+        table.add_row(name, value)
+    _console().print(table)
+    return 0
+
+
+@app.command
+def verify(run: _Where, steps: Annotated[str, tyro.conf.arg(metavar="A:B")] = ":") -> int:
+    """Replay a run and compare every bit that its log has kept.
+
+    Exits with 0 if the run is BITWISE, else with 1. The audit of a whole run is remembered, in
+    your own cache directory and never in the run, for `replay show` and `replay ls`.
+
+    Example: replay verify runs/digits --steps 0:100
+
+    Args:
+        run: the run directory, or the URL of a key-value store
+        steps: which steps; whole segments between stored states are audited
+    """
+    wanted = _slice(steps)
+    recorded = open(run)
+    audit = recorded.verify(wanted)
+    _remember(recorded, audit)
+    verdict, *rest = str(audit).split("\n")
+    _say(verdict, style=_STYLES.get(audit.grade, ""))
+    _say(*(f"  {line.strip()}" for line in rest))  # so that no name can forge a verdict
+    return 0 if audit.grade is Grade.BITWISE else 1
+
+
+@app.command
+def state(
+    run: _Where,
+    step: Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="STEP")],
+    out: pathlib.Path,
+    force: bool = False,
+) -> int:
+    """Write any state of a run to a file for numpy, whether it was stored or not.
+
+    The arrays are named by their paths: `numpy.load(FILE)["params/Dense_0/kernel"]`. Types that
+    numpy lacks, such as bfloat16, are kept as unsigned integers of the same width.
+
+    Example: replay state runs/digits 123 --out state.npz
+
+    Args:
+        run: the run directory, or the URL of a key-value store
+        step: the state before this step; -1 is the last state
+        out: the file to write
+        force: replace the file if it exists
+    """
+    _check_target(out, replace=force)
+    recorded = open(run)
+    tree = recorded.state(step)
+    arrays, notes = {}, {}
+    for path, array in zip(paths(tree), map(np.asarray, lower(tree)), strict=True):
+        if array.dtype.isbuiltin != 1:
+            notes[path] = f", read it with .view(ml_dtypes.{array.dtype})"
+            array = array.view(f"uint{8 * array.dtype.itemsize}")
+        arrays[path] = array
+    _write_npz(out, arrays)
+    for path, array in arrays.items():
+        shape = ",".join(map(str, array.shape))
+        _say(f"{path}: {array.dtype}[{shape}]{notes.get(path, '')}")
+    number = step + recorded.steps + 1 if step < 0 else step
+    _say(f"state {number} of {recorded.path} is in {out}, {decimal(out.stat().st_size)}")
+    return 0
+
+
+@app.command
+def plot(run: _Where, out: pathlib.Path = pathlib.Path("loss.png")) -> int:
+    """Draw the losses and metrics of a run; an earlier picture is replaced.
+
+    Example: replay plot runs/digits --out loss.png
+
+    Args:
+        run: the run directory, or the URL of a key-value store
+        out: the picture to write, in the format that its ending names
+    """
+    _check_target(out, replace=True)
+    figure = report.plot_loss(open(run))
+    formats = sorted(figure.canvas.get_supported_filetypes())
+    if out.suffix[1:].lower() not in formats:
+        raise ReplayError(
+            f"{out} does not end in a known format",
+            why=f"matplotlib writes {', '.join(formats)}",
+            fix=f"--out {out.stem}.png",
+        )
+    figure.savefig(out, dpi=150)
+    _say(f"the picture is in {out}")
+    return 0
+
+
+@app.command
+def thin(run: _Where, keep: int) -> int:
+    """Give up stored states, so that about so many evenly spread ones are left.
+
+    No answer is lost: what lay between is replayed, which takes longer.
+
+    Example: replay thin runs/digits --keep 3
+
+    Args:
+        run: the run directory, or the URL of a key-value store
+        keep: how many states to keep, the first and the last among them
+    """
+    recorded = open(run)
+    before = sum(recorded.log.place.list().values())
+    dropped = recorded.thin(keep)
+    freed = decimal(before - sum(recorded.log.place.list().values()))
+    _say(f"{len(dropped):,} stored states given up, {freed} freed; left: {_states(recorded)}")
+    return 0
+
+
+def _slice(steps: str) -> slice:
+    found = re.fullmatch(r"(\d*)(:?)(\d*)", steps)
+    if not found or not any(found.groups()):
+        raise ReplayError(
+            f"--steps {steps}",
+            why="steps are A:B, from A up to B without it, either of them left out, or one number",
+            fix="--steps 0:100",
+        )
+    start, colon, stop = found.groups()
+    first = int(start or 0)
+    return slice(first, int(stop) if stop else None if colon else first + 1)
+
+
+def _runs_below(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    for folder, inside, files in os.walk(directory):
+        inside.sort()
+        if HEADER in files:
+            inside.clear()
+            yield pathlib.Path(folder)
+
+
+def _check_target(out: pathlib.Path, *, replace: bool) -> None:
+    """Refuse a file that cannot be written before minutes are spent on what goes into it."""
+    if out.exists() and not (replace and out.is_file()):
+        raise ReplayError(
+            f"{out} exists",
+            why="a directory is not replaced" if replace else "nothing is overwritten unasked",
+            fix="name another file" + ("" if replace else ", or pass --force"),
+        )
+    if not os.access(out.parent, os.W_OK):
+        raise ReplayError(
+            f"{out.parent} is not a directory that can be written",
+            why=f"{out.name} is to go there",
+            fix=f"mkdir -p {out.parent}, or name another file",
+        )
+
+
+def _write_npz(out: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write what `numpy.load` reads, all or nothing, equal bytes for equal arrays.
+
+    `numpy.savez` takes the names as keyword arguments, so that a leaf called `file` fails.
+    """
+    part = out.with_name(out.name + ".part")
+    try:
+        with zipfile.ZipFile(part, "w") as archive:
+            for path, array in arrays.items():
+                with archive.open(zipfile.ZipInfo(f"{path}.npy"), "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------- remembered audits
+
+
+def _remember(run: Run, audit: Audit) -> None:
+    """Note the audit of a whole run in the user's own cache; the run does not vouch for itself."""
+    if not audit.complete or audit.grade not in (Grade.BITWISE, Grade.NUMERIC):
+        return  # what failed, perhaps for want of its data, has not been compared
+    today = datetime.date.today().isoformat()
+    note = {"grade": audit.grade.name, "date": today, "host": socket.gethostname()}
+    # A home that cannot be written, or an account without one, only forgets.
+    with contextlib.suppress(OSError, RuntimeError):
+        file = _note(run)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(note))
+
+
+def _grade(run: Run) -> tuple[Grade, str]:
+    """Return what is known of a run, and when and where this user's last audit found it."""
+    try:
+        note = json.loads(_note(run).read_text())
+        date, host = datetime.date.fromisoformat(note["date"]), str(note["host"])
+        where = "this machine" if host == socket.gethostname() else host
+        return Grade[note["grade"]], f" (audited {date} on {where})"
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        return run.grade, ""
+
+
+def _note(run: Run) -> pathlib.Path:
+    """Name the note by all that the audit read of the record, so that a changed run has none."""
+    place, end = run.log.place, run.log.durable.end
+    name = sha256(place.read(HEADER) + (place.read(JOURNAL)[:end] if end else b""))
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()
+    return pathlib.Path(cache, "jax-replay", "audits", f"{name}.json")
+
+
+# ---------------------------------------------------------------------------------- printing
+
+
+def _console(*, stderr: bool = False) -> rich.console.Console:
+    """Return a console that takes text as it is; what is piped is not folded at 80 columns."""
+    console = rich.console.Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 200
+    return console
+
+
+def _plain(value: Any) -> str:
+    """Return one line of text of bounded length, with what is not printable escaped."""
+    return printable(str(value)[:2000]).replace("\n", "\\n")
+
+
+def _say(*lines: Any, style: str = "", stderr: bool = False) -> None:
+    for line in lines:
+        _console(stderr=stderr).print(Text(_plain(line), style=style), soft_wrap=True)
+
+
+def _time(seconds: Any) -> str:
+    try:
+        return f"{datetime.datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+    except (TypeError, ValueError, OverflowError, OSError):
+        return "at a time unknown"
+
+
+def _weights(run: Run) -> int:
+    return sum(math.prod(leaf.shape) for leaf in run.tensors)
+
+
+def _states(run: Run) -> str:
+    names = list(map(str, run.checkpoints))
+    shown = names if len(names) <= 12 else [*names[:8], "...", *names[-3:]]
+    return f"{len(names):,} ({', '.join(shown)})"
+
+
+def _losses(run: Run) -> str:
+    try:
+        losses = run.log.column("loss", 0, run.steps)
+    except ReplayError as error:  # the rest of a damaged run is still worth showing
+        return _plain(error.what)
+    finite = np.flatnonzero(np.isfinite(losses))
+    if not finite.size:
+        return report.sparkline(losses) or "no step yet"
+    least = finite[np.argmin(losses[finite])]
+    words = f"first {losses[0]:.4g}, last {losses[-1]:.4g}, least {losses[least]:.4g}"
+    words += f" at step {least:,}"
+    if finite.size < losses.size:
+        first = np.argmin(np.isfinite(losses))
+        words += f"; {losses.size - finite.size:,} not finite, the first at step {first:,}"
+    return f"{report.sparkline(losses)}\n{words}"
+
+
+def _sizes(run: Run) -> str:
+    parts = dict.fromkeys(("states", "steps", "program", "data", "journal", "cache", "other"), 0)
+    for name, size in run.log.place.list().items():
+        part = name.split("/")[0].removesuffix(".msgpack")
+        parts[part if part in parts else "other"] += size
+    total = sum(parts.values())
+    each = ", ".join(f"{name} {decimal(size)}" for name, size in parts.items())
+    every = run.steps * run.log.header.signature.batch_size * _weights(run) * 4
+    return (
+        f"{decimal(total)} ({each})\n"
+        f"{decimal(every)} would hold every weight at every sample, {every / total:,.0f} times that"
+    )

@@ -1,0 +1,566 @@
+import hashlib
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+import replay
+from replay import cli, demo
+from replay.log import Log
+from replay.store import Place
+
+COMMANDS = ("demo", "ls", "show", "verify", "state", "plot", "thin")
+
+
+def loss(params, example, key):
+    near = jax.random.normal(key) * 0.1 + params["scale"].astype(jnp.float32)
+    return (near * jnp.sum(params["w"] * example) - 1.0) ** 2
+
+
+INITIAL = {"w": np.ones(3, np.float32), "scale": np.asarray(1, ml_dtypes.bfloat16)}
+SAMPLES = np.linspace(0.1, 1.0, 24, dtype=np.float32).reshape(8, 3)
+
+
+def record(path, *, name="tiny", initial=INITIAL, function=loss, epochs=33, **options):
+    """Record four steps an epoch; the test of the test is elsewhere."""
+    program = replay.Program(initial, function, optax.sgd(0.01, momentum=0.9), name=name)
+    order = replay.Order.shuffled(2, epochs, seed=0)
+    options = {"key": jax.random.key(0), "checkpoints": 50, "self_test": False} | options
+    replay.record(path, program, SAMPLES, order, **options)
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("recorded") / "digits"
+    record(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """An empty working directory, and a user who remembers nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.fixture
+def run(recorded) -> str:
+    """`runs/digits`, a run of one's own below the working directory."""
+    shutil.copytree(recorded, "runs/digits")
+    return "runs/digits"
+
+
+def ask(capsys, *words) -> tuple[int, str, str]:
+    """Run a command; return its exit code, what it printed, and what it printed to stderr."""
+    code = cli.main(list(map(str, words)))
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def row(printed: str, name: str) -> str:
+    """Return what stands behind a name in a table of two columns."""
+    (line,) = [line for line in printed.splitlines() if line.startswith(f"{name}  ")]
+    return line.removeprefix(name).strip()
+
+
+def damage(path: str, group: str, name: str, change) -> None:
+    """Write changed values, with checksums that agree, over an array of a run."""
+    log = Log(Place(path))
+    names = [spec.name for spec in log.header.arrays[group]]
+    array = log.array(group, names.index(name))
+    written = len(log.durable.checkpoints) if group == "states" else log.durable.steps
+    for start in range(0, written, array.spec.chunk[0]):
+        values = array.read(slice(start, min(start + array.spec.chunk[0], written))).copy()
+        change(values, start)
+        array.write(start, values)
+
+
+def change_the_witness_of_step_60(path):
+    def change(values, start):
+        values[60] ^= np.uint64(1)
+
+    damage(path, "steps", "steps/witness", change)
+
+
+def change_a_weight_of_state_50(path):
+    def change(values, row):
+        if row == 1:
+            values[...] += 1
+
+    damage(path, "states", "states/0", change)
+
+
+# ------------------------------------------------------------------------------ help and errors
+
+
+def test_the_help_lists_every_command_with_an_example(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"{{{','.join(COMMANDS)}}}" in printed
+    assert [
+        line.partition("Example: replay ")[2].split()[0]
+        for line in printed.splitlines()
+        if "Example: replay" in line
+    ] == [*COMMANDS]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_in_the_help_of_a_command_works_as_it_stands(command, run, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    (example,) = [line for line in lines if line.startswith("Example: ")]
+    replay_, *words = shlex.split(example.removeprefix("Example: "))
+    assert (replay_, words[0]) == ("replay", command)
+
+    whole = demo.main
+    monkeypatch.setattr(demo, "main", lambda directory: whole(directory, epochs=1))
+    code, printed, errors = ask(capsys, *words)
+    assert (code, errors) == (0, "")
+    assert printed
+
+
+def test_an_error_is_printed_in_its_three_parts(capsys):
+    code, printed, errors = ask(capsys, "show", "nowhere")
+    assert (code, printed) == (2, "")
+    assert errors == (
+        "error: nowhere is not a run: it has no run.msgpack\n"
+        "  why: that file names the program, the order and the layout of everything else\n"
+        "  fix: check the path; `replay ls DIR` lists the runs below a directory\n"
+    )
+
+
+def test_a_word_that_is_not_known_ends_with_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["shwo", "runs/digits"])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["ls", "nowhere"], "nowhere is not a directory"),
+        (["verify", "runs/digits", "--steps", "ten"], "--steps ten"),
+        (["verify", "runs/digits", "--steps", "1:2:3"], "--steps 1:2:3"),
+        (["verify", "runs/digits", "--steps", ""], "--steps "),
+        (["state", "runs/digits", "133", "--out", "s.npz"], "runs/digits has states 0 to 132, not"),
+        (["state", "runs/digits", "7", "--out", "no/s.npz"], "no is not a directory that can be"),
+        (["state", "runs/digits", "7", "--out", "runs"], "runs exists"),
+        (["plot", "runs/digits", "--out", "loss.doc"], "loss.doc does not end in a known format"),
+        (["plot", "runs/digits", "--out", "runs"], "runs exists"),
+        (["thin", "runs/digits", "--keep", "1"], "1 states are to be kept"),
+    ],
+)
+def test_what_cannot_be_answered_ends_with_2_and_writes_nothing(words, error, run, capsys):
+    code, printed, errors = ask(capsys, *words)
+    assert (code, printed) == (2, "")
+    assert errors.startswith(f"error: {error}")
+    assert os.listdir() == ["runs"]
+
+
+# ----------------------------------------------------------------------------------- ls and show
+
+
+def test_ls_finds_every_run_below_a_directory_and_names_what_it_cannot_open(run, capsys):
+    shutil.copytree(run, "runs/deeper/copy")
+    shutil.copytree(run, "runs/broken")
+    pathlib.Path("runs/broken/run.msgpack").write_bytes(b"no run")
+    code, printed, _ = ask(capsys, "ls", "runs")
+    assert code == 0
+    _, head, _, *rows = printed.split("\n")
+    assert head.split() == [
+        *("run", "program", "steps", "weights", "bytes", "closed", "created", "grade")
+    ]
+    assert [line.split()[:4] for line in rows[:2]] == [
+        ["deeper/copy", "tiny", "132", "4"],
+        ["digits", "tiny", "132", "4"],
+    ]
+    assert [line.split()[-1] for line in rows[:2]] == ["UNAUDITED", "UNAUDITED"]
+    assert rows[-2].startswith("broken cannot be opened: runs/broken: run.msgpack is damaged")
+
+
+def test_ls_does_not_look_for_runs_inside_of_runs(run, capsys):
+    shutil.copytree(run, "copy")
+    shutil.copytree("copy", f"{run}/cache/inner")
+    assert "inner" not in ask(capsys, "ls", "runs")[1]
+
+
+def test_ls_says_that_there_are_no_runs(capsys):
+    assert ask(capsys, "ls") == (0, "there are no runs below .\n", "")
+
+
+def test_ls_of_a_run_lists_that_run(run, capsys):
+    assert ask(capsys, "ls", run)[1].split("\n")[3].split()[:2] == ["runs/digits", "tiny"]
+
+
+def test_show_says_what_a_run_is_and_what_it_takes(run, capsys):
+    code, printed, _ = ask(capsys, "show", run)
+    assert code == 0
+    assert row(printed, "run") == "runs/digits"
+    assert row(printed, "grade") == "UNAUDITED"
+    assert row(printed, "program") == "tiny, dispatched by step"
+    assert row(printed, "steps").startswith("132 of 132, closed, recorded 20")
+    assert row(printed, "batches") == "2 samples each"
+    assert row(printed, "order").startswith("Order.shuffled(batch_size=2, epochs=33, seed=0)")
+    assert row(printed, "data") == "embedded"
+    assert row(printed, "stored states") == "4 (0, 50, 100, 132)"
+    assert f"jax {jax.__version__}, " in row(printed, "recorded with")
+    assert ", threads " in row(printed, "recorded with")
+    assert row(printed, "weights") == "4 in 2 tensors"
+    assert "scale: bfloat16[]" in printed and "w: float32[3]" in printed
+    losses = replay.open(run).history()["loss"]
+    assert f"first {losses[0]:.4g}, last {losses[-1]:.4g}, least {losses.min():.4g}" in printed
+    size = sum(file.stat().st_size for file in pathlib.Path(run).rglob("*") if file.is_file())
+    assert row(printed, "bytes").startswith(f"{size / 1000:.1f} kB (states ")
+    # 132 steps of 2 samples and 4 weights of 4 bytes
+    assert "4.2 kB would hold every weight at every sample, 0 times that" in printed
+
+
+def test_show_lists_the_first_twenty_tensors(capsys):
+    initial = {f"w{i:02}": np.ones(1, np.float32) for i in range(23)}
+    record("run", initial=initial, epochs=1, function=lambda p, x, key: p["w07"][0] * x[0])
+    printed = ask(capsys, "show", "run")[1]
+    assert row(printed, "weights") == "23 in 23 tensors"
+    assert "w19: float32[1]" in printed and "w20" not in printed
+    assert "and 3 more" in printed
+
+
+def test_show_still_shows_a_run_whose_losses_are_damaged(run, capsys):
+    shutil.rmtree(f"{run}/steps/loss/c")
+    code, printed, _ = ask(capsys, "show", run)
+    assert code == 0
+    assert "steps/loss cannot be read" in row(printed, "loss")
+    assert row(printed, "stored states") == "4 (0, 50, 100, 132)"
+
+
+# --------------------------------------------------------------------------------------- verify
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "grade"),
+    [
+        (lambda path: None, 0, "BITWISE"),
+        (change_the_witness_of_step_60, 1, "NUMERIC"),
+        (change_a_weight_of_state_50, 1, "FAILED"),
+    ],
+)
+def test_verify_exits_with_0_only_if_every_bit_agrees(change, code, grade, run, capsys):
+    change(run)
+    found, printed, errors = ask(capsys, "verify", run)
+    assert (found, errors) == (code, "")
+    assert printed.startswith(f"{grade}: ")
+    assert "132 steps in 3 segments (all of runs/digits)" in printed
+
+
+def test_verify_of_some_steps_audits_their_segments(run, capsys):
+    change_the_witness_of_step_60(run)
+    code, printed, _ = ask(capsys, "verify", run, "--steps", ":50")
+    assert code == 0
+    assert "50 steps in 1 segments (part of runs/digits)" in printed
+    assert ask(capsys, "verify", run, "--steps", "60")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "parsed"),
+    [
+        (":", slice(0, None)),
+        ("0:100", slice(0, 100)),
+        (":100", slice(0, 100)),
+        ("7:", slice(7, None)),
+        ("7", slice(7, 8)),
+    ],
+)
+def test_steps_are_read_as_python_reads_them(steps, parsed):
+    assert cli._slice(steps) == parsed
+
+
+# ---------------------------------------------------------------------------- remembered audits
+
+
+def grade(capsys, run):
+    return row(ask(capsys, "show", run)[1], "grade")
+
+
+def notes():
+    return list(pathlib.Path(os.environ["XDG_CACHE_HOME"]).rglob("*.json"))
+
+
+def test_the_audit_of_a_whole_run_is_remembered_outside_of_the_run(run, capsys):
+    before = Place(run).list()
+    ask(capsys, "verify", run)
+    assert Place(run).list() == before
+    (note,) = notes()
+    day = json.loads(note.read_text())["date"]
+    files = [pathlib.Path(run, name).read_bytes() for name in ("run.msgpack", "journal.msgpack")]
+    assert note.parent.parts[-2:] == ("jax-replay", "audits")
+    assert note.stem == hashlib.sha256(b"".join(files)).hexdigest()
+    assert grade(capsys, run) == f"BITWISE (audited {day} on this machine)"
+    assert ask(capsys, "ls", "runs")[1].split("\n")[3].split()[-1] == "BITWISE"
+
+
+def test_an_audit_elsewhere_says_where(run, capsys):
+    ask(capsys, "verify", run)
+    (note,) = notes()
+    note.write_text(json.dumps({"grade": "NUMERIC", "date": "2026-11-21", "host": "el[red]se\x1b"}))
+    assert grade(capsys, run) == "NUMERIC (audited 2026-11-21 on el[red]se\\x1b)"
+
+
+def test_a_run_that_has_changed_since_its_audit_is_unaudited(run, capsys):
+    ask(capsys, "verify", run)
+    ask(capsys, "thin", run, "--keep", 3)
+    assert grade(capsys, run) == "UNAUDITED"
+
+
+def test_the_audit_of_a_part_is_not_remembered(run, capsys):
+    ask(capsys, "verify", run, "--steps", ":50")
+    assert notes() == []
+
+
+def test_a_run_that_could_not_be_replayed_is_not_remembered(run, capsys):
+    change_a_weight_of_state_50(run)
+    ask(capsys, "verify", run)
+    assert notes() == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        '{"grade": "BITWISE"}',
+        '{"grade": "PERFECT", "date": "2026-11-21", "host": ""}',
+        '{"grade": "BITWISE", "date": "yesterday", "host": ""}',
+        '{"grade": ["BITWISE"], "date": "2026-11-21", "host": ""}',
+        '{"grade": "BITWISE", "date": 20261121, "host": ""}',
+        b"\xff\xfe",
+    ],
+)
+def test_a_damaged_note_is_as_good_as_none(text, run, capsys):
+    note = cli._note(replay.open(run))
+    note.parent.mkdir(parents=True)
+    note.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert grade(capsys, run) == "UNAUDITED"
+
+
+def test_a_cache_that_cannot_be_written_only_forgets(run, capsys, monkeypatch):
+    pathlib.Path("file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(pathlib.Path("file").absolute()))
+    assert ask(capsys, "verify", run)[0] == 0
+    assert grade(capsys, run) == "UNAUDITED"
+
+
+def test_an_account_without_a_home_only_forgets(run, capsys, monkeypatch):
+    def expanduser(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(pathlib.Path, "expanduser", expanduser)
+    assert ask(capsys, "verify", run)[0] == 0
+    assert grade(capsys, run) == "UNAUDITED"
+
+
+# -------------------------------------------------------------------------- state, plot and thin
+
+
+def bits(path, step):
+    state = replay.open(path).state(step)
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.parametrize(("word", "step"), [("77", 77), ("-1", 132), ("0", 0)])
+def test_a_state_is_written_bit_for_bit(word, step, run, capsys):
+    code, printed, _ = ask(capsys, "state", run, word, "--out", "state.npz")
+    assert code == 0
+    state = replay.open(run).state(step)
+    with np.load("state.npz", allow_pickle=False) as arrays:
+        assert sorted(arrays) == [
+            *("opt_state/0/trace/scale", "opt_state/0/trace/w", "params/scale", "params/w")
+        ]
+        assert arrays["params/w"].dtype == np.float32
+        assert arrays["params/w"].tobytes() == state.params["w"].tobytes()
+        assert arrays["params/scale"].dtype == np.uint16
+        assert arrays["params/scale"].view(ml_dtypes.bfloat16) == state.params["scale"]
+        trace = state.opt_state["0"]["trace"]
+        assert arrays["opt_state/0/trace/w"].tobytes() == trace["w"].tobytes()
+        assert arrays["opt_state/0/trace/scale"].tobytes() == trace["scale"].tobytes()
+    size = os.path.getsize("state.npz") / 1000
+    assert printed.splitlines() == [
+        "params/scale: uint16[], read it with .view(ml_dtypes.bfloat16)",
+        "params/w: float32[3]",
+        "opt_state/0/trace/scale: uint16[], read it with .view(ml_dtypes.bfloat16)",
+        "opt_state/0/trace/w: float32[3]",
+        f"state {step} of runs/digits is in state.npz, {size:.1f} kB",
+    ]
+
+
+def test_a_file_is_replaced_only_by_force(run, capsys):
+    pathlib.Path("state.npz").write_text("mine")
+    code, _, errors = ask(capsys, "state", run, 7, "--out", "state.npz")
+    assert (code, errors.split("\n")[0]) == (2, "error: state.npz exists")
+    assert pathlib.Path("state.npz").read_text() == "mine"
+    assert ask(capsys, "state", run, 7, "--out", "state.npz", "--force")[0] == 0
+    assert sorted(os.listdir()) == ["runs", "state.npz"]
+    assert np.load("state.npz")["params/w"].shape == (3,)
+
+
+def test_equal_states_give_equal_files(run, capsys):
+    for out in ("a.npz", "b.npz"):
+        ask(capsys, "state", run, 7, "--out", out)
+    assert pathlib.Path("a.npz").read_bytes() == pathlib.Path("b.npz").read_bytes()
+    with zipfile.ZipFile("a.npz") as archive:
+        assert {info.date_time[0] for info in archive.infolist()} == {1980}
+
+
+def test_plot_writes_the_format_that_the_file_name_asks_for(run, capsys):
+    assert ask(capsys, "plot", run) == (0, "the picture is in loss.png\n", "")
+    ask(capsys, "plot", run, "--out", "loss.png")
+    ask(capsys, "plot", run, "--out", "loss.svg")
+    assert pathlib.Path("loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in pathlib.Path("loss.svg").read_text()
+
+
+def test_thin_leaves_every_answer_as_it_was(run, capsys):
+    before = {step: bits(run, step) for step in (0, 60, 100, 132)}
+    code, printed, _ = ask(capsys, "thin", run, "--keep", 2)
+    assert code == 0
+    assert printed.startswith("2 stored states given up, ")
+    assert printed.endswith(" freed; left: 2 (0, 132)\n")
+    assert {step: bits(run, step) for step in before} == before
+    assert ask(capsys, "verify", run)[0] == 0
+
+
+# ---------------------------------------------------------------------------------- hostile names
+
+HOSTILE = "[red]x\x1b[31m\n:smile:\u202e\x07"
+SHOWN = "[red]x\\x1b[31m\\n:smile:\\u202e\\x07"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ls", "."],
+        ["show", HOSTILE],
+        ["verify", HOSTILE],
+        ["state", HOSTILE, "3", "--out", "state.npz"],
+        ["plot", HOSTILE, "--out", f"{HOSTILE}.png"],
+        ["state", HOSTILE, "9", "--out", "state.npz"],
+        ["show", f"{HOSTILE}2"],
+    ],
+)
+def test_names_neither_colour_nor_move_what_is_printed(words, capsys, monkeypatch):
+    initial = {HOSTILE: np.ones(1, np.float32)}
+    record(HOSTILE, name=HOSTILE, initial=initial, epochs=1, function=lambda p, x, k: p[HOSTILE][0])
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    _, printed, errors = ask(capsys, *words)
+    assert SHOWN.replace("\\n", "\n  " if words[0] == "verify" else "\\n") in printed + errors
+    for hostile in ("\x1b[31mx", "x\x1b[31m", "\u202e", "\x07", "\U0001f604"):
+        assert hostile not in printed + errors
+
+
+def test_a_record_with_values_of_other_kinds_is_shown(run, capsys, monkeypatch):
+    class Odd(Log):
+        def __init__(self, place):
+            super().__init__(place)
+            odd = {"name": ["x"], "created": "never", "data": None, "environment": {"jax": [1]}}
+            for name, value in odd.items():
+                object.__setattr__(self.header, name, value)
+
+    monkeypatch.setattr("replay.api.Log", Odd)
+    code, printed, _ = ask(capsys, "show", run)
+    assert code == 0
+    assert row(printed, "steps") == "132 of 132, closed, recorded at a time unknown"
+    assert ask(capsys, "ls", "runs")[0] == 0
+
+
+# --------------------------------------------------------------------------------------- demo
+
+
+def what_it_can_import(run):
+    import os
+
+    rows = {"run": f"{run.steps} steps", "directory": f"{len(os.listdir())} files"}
+    for name in ("replay.demo", "flax", "sklearn", "optax"):
+        rows[name] = "no" if sys.modules[name] is None else "yes"
+    return rows
+
+
+def test_questions_are_asked_in_an_empty_directory_without_the_code(run, monkeypatch):
+    monkeypatch.setattr(demo, "QUESTIONS", (what_it_can_import,))
+    assert demo.ask_elsewhere(pathlib.Path(run)) == {
+        "run": "132 steps",
+        "directory": "0 files",
+        "replay.demo": "no",
+        "flax": "no",
+        "sklearn": "no",
+        "optax": "yes",
+    }
+
+
+def refuses(run):
+    raise SystemExit(7)
+
+
+def test_a_question_that_fails_is_an_error(run, monkeypatch):
+    monkeypatch.setattr(demo, "QUESTIONS", (refuses,))
+    with pytest.raises(replay.ReplayError, match="questions runs/digits ended with code 7"):
+        demo.ask_elsewhere(pathlib.Path(run))
+
+
+@pytest.mark.parametrize(("grade", "code"), [("BITWISE", 0), ("NUMERIC", 1), ("UNAUDITED", 1)])
+def test_the_demo_exits_with_0_only_if_its_run_is_bitwise(
+    grade, code, recorded, capsys, monkeypatch
+):
+    def record_digits(path, epochs):
+        shutil.copytree(recorded, path)
+        return {"weights": "4"}
+
+    monkeypatch.setattr(demo, "record_digits", record_digits)
+    monkeypatch.setattr(demo, "ask_elsewhere", lambda path: {"grade": grade})
+    for name in ("digits", "digits-2", "digits-3"):
+        found, printed, _ = ask(capsys, "demo")
+        assert found == code
+        assert printed.splitlines()[0] == f"recording runs/{name}"
+        assert row(printed, "picture of the losses") == f"runs/{name}-loss.png"
+        assert pathlib.Path(f"runs/{name}-loss.png").exists()
+
+
+def test_without_its_extra_the_demo_names_it_and_records_nothing(capsys, monkeypatch):
+    for name in ("flax", "sklearn"):
+        monkeypatch.setitem(sys.modules, name, None)
+    code, printed, errors = ask(capsys, "demo")
+    assert (code, printed) == (2, "")
+    assert errors.startswith("error: the demonstration needs flax and sklearn\n")
+    assert errors.endswith('  fix: pip install "jax-replay[demo]"\n')
+    assert os.listdir() == []
+
+
+@pytest.mark.full
+def test_the_whole_demo_learns_the_digits_and_is_bitwise(tmp_path):
+    root = str(pathlib.Path(replay.__file__).parent.parent)
+    script = f"import sys; sys.path.insert(0, {root!r}); from replay.cli import main; exit(main())"
+    command = [sys.executable, "-c", script, "demo", "--directory", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert row(done.stdout, "grade") == "BITWISE"
+    assert row(done.stdout, "steps") == "440 of 64 samples"
+    assert float(row(done.stdout, "test accuracy")) > 0.95
+    assert "never stored" in row(done.stdout, "norm of the weights at step 123")
+    assert (tmp_path / "runs" / "digits-loss.png").stat().st_size > 10_000
+    assert sorted(os.listdir(tmp_path / "runs")) == ["digits", "digits-loss.png"]

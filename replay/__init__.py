@@ -13,6 +13,7 @@ from replay.errors import (
     ProgramError,
     ReplayError,
 )
+from replay.grads.per_sample import per_sample
 from replay.order import Order
 from replay.program import Inputs, Program, State
 from replay.recorder import Recorder
@@ -39,5 +40,6 @@ __all__ = [
     "State",
     "Step",
     "open",
+    "per_sample",
     "record",
 ]

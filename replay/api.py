@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from replay.artifact import KEY_IMPLEMENTATION
 from replay.data import Data
-from replay.errors import Grade, LogError, OrderError
+from replay.errors import Grade, LogError, OrderError, printable
 from replay.log import Log, thin
 from replay.order import Order
 from replay.program import Inputs, Program, State
@@ -187,10 +187,7 @@ class Run:
 
     def ids(self, start: int, stop: int) -> np.ndarray:
         """Return the sample ids of steps `[start, stop)`, `int32[steps, batch]`; -1 is padding."""
-        if self.log.has_column("ids"):
-            return self.log.column("ids", start, stop)
-        assert self.order is not None
-        return self.order.batches(start, stop).ids
+        return self.log.ids(start, stop)
 
     def history(self) -> dict[str, np.ndarray]:
         """Return the logged columns.
@@ -200,7 +197,8 @@ class Run:
             means, `float32[steps]`), `seconds` (of each step, averaged over the steps that were
             dispatched together), a column for each metric of the loss's `aux`, and one for each
             name given to `Recorder.log`, NaN where nothing was logged; its entry at step t was
-            logged at state t, so these columns have one entry more, for the last state.
+            logged at state t, so these columns have one entry more, for the last state. A name
+            that is taken has `aux/` or `logged/` in front.
         """
         steps, log = self.steps, self.log
         columns = {"step": np.arange(steps), "loss": log.column("loss", 0, steps)}
@@ -208,9 +206,13 @@ class Run:
             columns["epoch"] = self.order.epoch(columns["step"])
         columns["seconds"] = log.column("microseconds", 0, steps).astype(np.float64) * 1e-6
         for number, leaf in enumerate(log.header.signature.aux):
-            columns[leaf.path or "aux"] = log.column(f"aux_{number}", 0, steps)
+            name = leaf.path or "aux"
+            name = f"aux/{name}" if name in columns else name
+            columns[name] = log.column(f"aux_{number}", 0, steps)
+        taken = set(columns)
         for step, metrics in log.durable.metrics:
             for name, value in metrics.items():
+                name = f"logged/{name}" if name in taken else name
                 column = columns.setdefault(name, np.full(steps + 1, np.nan))
                 if step < len(column):
                     column[step] = value
@@ -236,6 +238,11 @@ class Run:
 
     def states(self, states: slice, *, exact: bool = True) -> Iterator[tuple[int, Any]]:
         """Yield `(t, state t)` for a slice of states, in one replay.
+
+        Args:
+            states: which; its step may be larger than one.
+            exact: raise where a bit departs from the log; otherwise warn, and go on from each
+                stored state.
 
         Raises:
             LogError, DivergenceError: as `state`.
@@ -361,7 +368,7 @@ class Run:
         weights = sum(int(np.prod(leaf.shape)) for leaf in self.tensors)
         header, durable = self.log.header, self.log.durable
         state = "closed" if durable.closed else "not closed"
-        return (
+        return printable(
             f"<Run {self.path}: {header.name}, {self.steps:,} steps ({state}), "
             f"{weights:,} weights in {len(self.tensors)} tensors, "
             f"{len(durable.checkpoints)} stored states, {self.grade}>"
@@ -374,7 +381,7 @@ class Run:
             return lifted
         if set(lifted) <= set(State._fields):
             return State(**{name: lifted.get(name, {}) for name in State._fields})
-        return _namedtuple(tuple(lifted))(**lifted)
+        return _namedtuple(tuple(lifted))(*lifted.values())
 
     def _batch(self, leaves: Sequence[np.ndarray]) -> Any:
         if self._data is not None and self._data.tree is not None:

@@ -6,6 +6,8 @@ is the same program and not an equivalent one.
 
 import contextlib
 import dataclasses
+import re
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +27,10 @@ from replay.tree import Leaf, describe, lift, lower
 VERSIONS = {"gradient": 1, "update": 1, "block": 1, "losses": 1, "sample_gradient": 1}
 
 KEY_IMPLEMENTATION = "threefry2x32"
+
+_NUMBERS = re.compile(
+    r"bool|u?int(4|8|16|32|64)|float(16|32|64)|bfloat16|float8_\w+|complex(64|128)"
+)
 
 # What a program from a stranger may call: pure numerics that jaxlib itself registers. A Python
 # callback in this place has crashed the process; a Triton kernel would be foreign code.
@@ -128,9 +134,12 @@ class Signature:
                 for name in ("state", "batch", "losses", "aux", "grads", "carry")
             }
             batch_size, block = (_count(plain[name], 2**31) for name in ("batch_size", "block"))
-        except (KeyError, TypeError, ValueError) as error:
+            if not (groups["state"] and groups["batch"] and batch_size):
+                raise ValueError("a state, a batch or the samples in it are missing")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise LogError(
-                f"run.msgpack describes the program's leaves in a form that is not known: {error}",
+                "run.msgpack describes the program's leaves in a form that is not known: "
+                f"{str(error)[:300]}",
                 why="shapes and types decide what is read from disk and what is executed",
                 fix="restore the file from a copy of the run",
             ) from error
@@ -409,15 +418,17 @@ def _form(aval) -> tuple:
 
 def _count(value: Any, limit: int) -> int:
     if type(value) is not int or not 0 <= value < limit:
-        raise ValueError(f"{value!r} is not a count below {limit}")
+        raise ValueError(f"{reprlib.repr(value)} is not a count below {limit}")
     return value
 
 
 def _leaf(plain: Any) -> Leaf:
     shape = tuple(_count(n, 2**40) for n in plain["shape"])
     path, dtype, key = plain["path"], plain["dtype"], plain["key"]
-    if type(path) is not str or type(dtype) is not str or key not in (None, KEY_IMPLEMENTATION):
-        raise ValueError(f"{plain!r} is not a leaf")
-    if jnp.dtype(dtype).hasobject or len(shape) > 32:
-        raise ValueError(f"{dtype}{list(shape)} is not an array of numbers")
+    if type(path) is not str or type(dtype) is not str or not _NUMBERS.fullmatch(dtype):
+        raise ValueError(f"{reprlib.repr(plain)} is not a leaf")
+    if key is not None and (key != KEY_IMPLEMENTATION or dtype != "uint32" or shape[-1:] != (2,)):
+        raise ValueError(f"{reprlib.repr(plain)} is not a random key")
+    if len(shape) > 32:
+        raise ValueError(f"an array of {len(shape)} dimensions")
     return Leaf(path, shape, str(jnp.dtype(dtype)), key)

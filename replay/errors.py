@@ -11,8 +11,8 @@ class ReplayError(Exception):
     """
 
     def __init__(self, what: str, *, why: str, fix: str):
-        self.what, self.why, self.fix = what, why, fix
-        super().__init__(f"{what}\n  why: {why}\n  fix: {fix}")
+        self.what, self.why, self.fix = map(printable, (what, why, fix))
+        super().__init__(f"{self.what}\n  why: {self.why}\n  fix: {self.fix}")
 
     def __reduce__(self):
         return _rebuild, (type(self), self.what, self.why, self.fix)
@@ -20,6 +20,15 @@ class ReplayError(Exception):
 
 def _rebuild(kind: type[ReplayError], what: str, why: str, fix: str) -> ReplayError:
     return kind(what, why=why, fix=fix)
+
+
+def printable(text: str) -> str:
+    r"""Escape control characters, with which a name from a record could steer a terminal.
+
+    >>> printable("caf\u00e9 \x1b[2J")
+    'café \\x1b[2J'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class ProgramError(ReplayError):

@@ -83,7 +83,7 @@ def _frame_at(data: bytes, at: int) -> tuple[int, Any] | None:
         return None
     try:
         return start + length, msgpack.unpackb(payload, strict_map_key=False)
-    except ValueError:
+    except (ValueError, TypeError):  # not msgpack, nested too deeply, or a list as a key
         return None
 
 
@@ -152,7 +152,10 @@ class Durable:
             state = _natural(record["end"])
             self.steps = max(self.steps, state)
             self.digests.setdefault(state, _digest(record))
-            self.metrics += [(_natural(step), dict(values)) for step, values in record["metrics"]]
+            self.metrics += [
+                (_natural(step), {str(name): float(value) for name, value in values.items()})
+                for step, values in record["metrics"]
+            ]
         elif kind == "checkpoint":
             state, row = _natural(record["state"]), _natural(record["row"])
             self.checkpoints[state] = row

@@ -9,15 +9,17 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+import re
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from replay.artifact import VERSIONS, Signature
-from replay.errors import LogError
-from replay.identity import sha256
-from replay.journal import Durable, frame, only_frame
+from replay.errors import IdentityError, LogError
+from replay.identity import SHORT_DIGEST, sha256
+from replay.journal import Durable, frame, frames, only_frame
 from replay.order import Order
 from replay.store import ArraySpec, Place, StoredArray, lay_out, rows
 from replay.tree import Leaf
@@ -46,6 +48,7 @@ class Header:
         steps: planned number of steps; for a run that is fed, the most it may have.
         data: where samples come from: `embedded`, `spooled` or `external`.
         fingerprint: of the data, as `Data.fingerprint` returns it.
+        sample_weights: checksum of the factors of the losses; None for ones.
         arrays: layouts of the arrays in `states/`, `steps/` and `data/`.
         parent: run, step and edit of a fork; None for a run of its own.
     """
@@ -61,6 +64,7 @@ class Header:
     steps: int
     data: str
     fingerprint: dict[str, Any] | None
+    sample_weights: int | None
     arrays: dict[str, tuple[ArraySpec, ...]]
     parent: dict[str, Any] | None = None
 
@@ -92,21 +96,62 @@ class Header:
                 for group in ("states", "steps", "data")
             }
             fields = {field.name: plain[field.name] for field in dataclasses.fields(cls)}
-            first, second = (int(word) for word in fields["key"])
+            for name, check in _FORMS.items():
+                if not check(fields[name]):
+                    raise ValueError(f"{name} is {reprlib.repr(fields[name])}")
             signature = Signature.from_plain(fields["signature"])
-            unknown = set(fields["programs"]) - set(VERSIONS)
-            if unknown or len(arrays["states"]) != len(signature.state):
-                raise ValueError(f"programs {sorted(unknown)} or arrays that do not fit")
-            fields |= {"arrays": arrays, "signature": signature, "key": (first, second)}
-            fields |= {"programs": {k: dict(v) for k, v in fields["programs"].items()}}
-            fields |= {"environment": dict(fields["environment"]), "steps": int(fields["steps"])}
-            return cls(**fields)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            fields |= {"arrays": arrays, "signature": signature, "key": tuple(fields["key"])}
+            header = cls(**fields)
+            header._check_arrays()
+            return header
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise LogError(
-                f"{place}: {HEADER} is not the header of a run: {error!r}",
+                f"{place}: {HEADER} is not the header of a run: {str(error)[:300]}",
                 why="it says what the run is and how its files are to be read",
                 fix="restore the file from a copy of the run",
             ) from error
+
+    def _check_arrays(self) -> None:
+        """Refuse arrays that no recorder lays out; how they are cut into chunks is theirs."""
+        names = {spec.name for spec in self.arrays["steps"]}
+        expected = layouts(
+            self.signature,
+            self.steps,
+            ids="steps/ids" in names,
+            weights="steps/weights" in names,
+            batch_checksums="steps/batch_crc32c" in names,
+            samples=self.arrays["data"][0].shape[0] if self.data == "embedded" else 0,
+            spool=self.data == "spooled",
+        )
+        for group, specs in expected.items():
+            found = [(spec.name, spec.shape, spec.dtype) for spec in self.arrays[group]]
+            if found != [(spec.name, spec.shape, spec.dtype) for spec in specs]:
+                raise ValueError(f"{group} has other arrays than such programs fill")
+
+
+def _natural(value: Any, limit: int = 2**48) -> bool:
+    return type(value) is int and 0 <= value < limit
+
+
+def _named(value: Any) -> bool:
+    return type(value) is dict and all(type(name) is str for name in value)
+
+
+# What the fields of a header have to be, where nothing else checks them.
+_FORMS: dict[str, Callable[[Any], bool]] = {
+    "name": lambda x: type(x) is str,
+    "created": lambda x: type(x) in (int, float),
+    "key": lambda x: len(x) == 2 and all(_natural(word, 2**32) for word in x),
+    "programs": lambda x: _named(x) and set(x) <= set(VERSIONS) and all(map(_named, x.values())),
+    "environment": _named,
+    "order": lambda x: x is None or (len(x) == 2 and type(x) is list and _natural(x[1], 2**31)),
+    "order_checksum": lambda x: x is None or _natural(x, 2**32),
+    "steps": _natural,
+    "data": lambda x: x in ("embedded", "spooled", "external"),
+    "fingerprint": lambda x: x is None or _named(x),
+    "sample_weights": lambda x: x is None or _natural(x, 2**32),
+    "parent": lambda x: x is None or _named(x),
+}
 
 
 def layouts(
@@ -184,7 +229,8 @@ def create(
     """Write all that is known before the first step; the run exists from the last byte on.
 
     Raises:
-        LogError: the place already holds a run, or files that are not a run's.
+        LogError: the place already holds a run, or files that are not a run's, or cannot be
+            written.
     """
     known = {HEADER, JOURNAL, "lock", "states", "steps", "program", "data", "cache"}
     present = place.list()
@@ -195,18 +241,25 @@ def create(
             why="a recording never overwrites what is there",
             fix="choose another directory, delete this one, or pass resume=True to continue it",
         )
-    for leftover in ("states", "steps", "program", "data", JOURNAL):
-        place.delete(leftover)
-    for name, data in programs.items():
-        place.write(f"program/{name}", data)
-    for group, specs in header.arrays.items():
-        if specs:
-            lay_out(place, group, specs)
-    for spec, values in zip(header.arrays["data"], embedded or (), strict=False):
-        array = StoredArray(place, spec)
-        for start in range(0, len(values), spec.chunk[0]):
-            array.write(start, values[start : start + spec.chunk[0]])
-    place.write(HEADER, frame(header.to_plain()))
+    try:
+        for leftover in ("states", "steps", "program", "data", JOURNAL):
+            place.delete(leftover)
+        for name, data in programs.items():
+            place.write(f"program/{name}", data)
+        for group, specs in header.arrays.items():
+            if specs:
+                lay_out(place, group, specs)
+        for spec, values in zip(header.arrays["data"], embedded or (), strict=False):
+            array = StoredArray(place, spec)
+            for start in range(0, len(values), spec.chunk[0]):
+                array.write(start, values[start : start + spec.chunk[0]])
+        place.write(HEADER, frame(header.to_plain()))
+    except OSError as error:
+        raise LogError(
+            f"{place} cannot be written: {error}",
+            why="a run begins with its program, its data and the layout of its log",
+            fix="make room (or repair the disk), or record into another directory",
+        ) from error
 
 
 class Log:
@@ -235,6 +288,7 @@ class Log:
         if place.size(JOURNAL) is not None:
             self.durable = Durable.read(place.read(JOURNAL), f"{place}: {JOURNAL}")
         self._check_sizes()
+        self._check_journal()
         self._arrays: dict[str, StoredArray] = {}
         self._cached: collections.OrderedDict[tuple[str, int], np.ndarray] = (
             collections.OrderedDict()
@@ -315,6 +369,29 @@ class Log:
         count = len(self.header.arrays["data"])
         return [self.array("data", i).read(slice(start, stop)) for i in range(count)]
 
+    def ids(self, start: int, stop: int) -> np.ndarray:
+        """Return the sample ids of steps `[start, stop)`, `int32[steps, batch]`.
+
+        Raises:
+            LogError: a chunk is missing or damaged.
+            IdentityError: they are not logged, and the order makes others than it made then.
+        """
+        if self.has_column("ids"):
+            return self.column("ids", start, stop)
+        return self._order_as_recorded.batches(start, stop).ids
+
+    @functools.cached_property
+    def _order_as_recorded(self) -> Order:
+        order = self.order
+        if order is None or order.checksum() != self.header.order_checksum:
+            raise IdentityError(
+                f"{self.place}: {order!r} does not give the sample ids of the recording",
+                why="the ids themselves are not logged, and numpy "
+                f"{np.__version__} may permute otherwise than the version of then",
+                fix="install the numpy that recorded the run, and record with log_ids=True",
+            )
+        return order
+
     def _chunk(self, group: str, number: int, index: int) -> np.ndarray:
         """Read one chunk of a step column; the last few are kept, as replays go step by step."""
         array = self.array(group, number)
@@ -341,8 +418,16 @@ class Log:
         signature = self.header.signature
         parts = {
             "one state": sum(leaf.nbytes for leaf in signature.state),
-            "one batch": signature.batch_size * sum(leaf.nbytes for leaf in signature.batch),
+            "the inputs of one call": signature.batch_size
+            * max(signature.block, 1)
+            * (8 + sum(leaf.nbytes for leaf in signature.batch)),
+            "the results of one call": max(signature.block, 1)
+            * sum(leaf.nbytes for leaf in signature.losses + signature.aux)
+            + sum(leaf.nbytes for leaf in signature.grads + signature.carry),
+            "one column": 8 * self.durable.steps,
         }
+        if self.header.order is not None:
+            parts["one epoch"] = 8 * self.header.order[1]
         if self.header.data == "embedded":
             parts["the embedded data"] = sum(_bytes(s.shape, s) for s in self.header.arrays["data"])
         for group in self.header.arrays.values():
@@ -355,13 +440,25 @@ class Log:
                     why="a size is checked before memory is taken for it",
                     fix="open the run on a machine with more memory, if you trust its source",
                 )
-        for spec, leaf in zip(self.header.arrays["states"], signature.state, strict=True):
-            if spec.shape[1:] != leaf.shape or spec.dtype != leaf.dtype:
-                raise LogError(
-                    f"{self.place}: {HEADER} lays out {spec.name} unlike the leaf {leaf}",
-                    why="a state is rebuilt from arrays of exactly its leaves' shapes",
-                    fix="restore the file from a copy of the run",
-                )
+
+    def _check_journal(self) -> None:
+        """Refuse a journal that names what this run cannot have."""
+        durable, steps = self.durable, self.header.steps
+        whole = 8 * len(self.header.signature.state)
+        lengths = {len(digest) for digest in durable.digests.values()}
+        if (
+            durable.steps > steps
+            or durable.rows > steps + 1
+            or max(durable.checkpoints, default=0) > durable.steps
+            or lengths - {SHORT_DIGEST, whole}
+            or any(len(durable.digests[state]) != whole for state in durable.checkpoints)
+        ):
+            raise LogError(
+                f"{self.place}: {JOURNAL} names steps, states or digests that a run of {steps:,} "
+                "steps cannot have",
+                why="the journal decides which data exists",
+                fix="restore run.msgpack and the journal from one copy of the run",
+            )
 
 
 def _bytes(shape: Sequence[int], spec: ArraySpec) -> int:
@@ -380,9 +477,33 @@ def thin(log: Log, keep: Sequence[int]) -> list[int]:
     stored = sorted(log.durable.checkpoints)
     dropped = sorted(set(stored) - set(keep) - {stored[0], stored[-1]})
     if dropped:
+        cut_torn_tail(log)
         log.place.append(JOURNAL, frame({"kind": "dropped", "states": dropped}))
         delete_rows(log, [log.durable.checkpoints.pop(state) for state in dropped])
     return dropped
+
+
+def cut_torn_tail(log: Log) -> None:
+    """Cut off what a killed recorder left of a journal record, before another is appended."""
+    if log.durable.end < (log.place.size(JOURNAL) or 0):
+        log.place.truncate(JOURNAL, log.durable.end)
+
+
+def discard_unborn(place: Place) -> None:
+    """Forget a recording that was killed before its first commit, so that it can begin again.
+
+    The rest is only written once the journal names state 0: where there is more, the journal was
+    lost, and nothing is touched.
+
+    Raises:
+        LogError: the journal is damaged.
+    """
+    present = place.list()
+    rest = re.compile(r"(states/\d+/c/[1-9]|steps/\w+/c/)")
+    if HEADER not in present or any(map(rest.match, present)):
+        return
+    if JOURNAL not in present or not any(frames(place.read(JOURNAL), f"{place}: {JOURNAL}")):
+        place.delete(HEADER)
 
 
 def delete_rows(log: Log, rows: Sequence[int]) -> None:

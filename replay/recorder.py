@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from replay import artifact
 from replay.artifact import KEY_IMPLEMENTATION, VERSIONS, Signature
 from replay.checkpoints import Checkpoints, Schedule
-from replay.data import Data
+from replay.data import Data, checksum
 from replay.errors import DataError, IdentityError, LogError, OrderError, ProgramError
 from replay.identity import environment, sha256
-from replay.log import HEADER, JOURNAL, Header, Log, create, layouts
+from replay.log import HEADER, Header, Log, create, cut_torn_tail, discard_unborn, layouts
 from replay.order import Order
 from replay.program import Program, init_key
 from replay.recording import Recording
@@ -129,7 +129,8 @@ class Recorder:
                 why="a block is staged before it runs",
                 fix='dispatch="step"',
             )
-        self._checkpoints, self._embed, self._log_ids = checkpoints, embed, log_ids
+        self._checkpoints = Checkpoints.of(checkpoints, self.steps)
+        self._embed, self._log_ids = embed, log_ids
         self._self_test = self_test
         self._commit = {"commit_steps": commit_steps, "commit_seconds": commit_seconds}
         self._commit["on_log_error"] = on_log_error
@@ -255,6 +256,8 @@ class Recorder:
         """Lock the run and write all that is known before the first step."""
         self._exit.enter_context(self._place.lock())
         try:
+            if self._resume:
+                discard_unborn(self._place)
             if self._order is not None and self._data is not None:
                 self._begin(self._data, self._order.batch_size)
             elif self._resume and self._place.size(HEADER) is not None:
@@ -297,7 +300,7 @@ class Recorder:
             log, leaves, test = self._create(data, batch_size)
             start = 0
         schedule = Schedule(
-            Checkpoints.of(self._checkpoints, self.steps),
+            self._checkpoints,
             steps=self.steps,
             state_bytes=sum(leaf.nbytes for leaf in self._signature.state),
             start=start,
@@ -356,6 +359,7 @@ class Recorder:
             steps=steps,
             data="spooled" if fed else "embedded" if embed else "external",
             fingerprint=None if fed else data.fingerprint(),
+            sample_weights=self._weights_checksum,
             arrays=layouts(
                 self._signature,
                 steps,
@@ -387,9 +391,10 @@ class Recorder:
         header = log.header
         if not log.durable.checkpoints:
             raise LogError(
-                f"{self.path} holds no state to resume from",
-                why="the recording stopped before its first commit",
-                fix="delete the directory and record again",
+                f"{self.path} holds no state to resume from: journal.msgpack names none",
+                why="there are steps or later states, so the journal was lost",
+                fix="restore the file from a copy of the run, or delete the directory and record "
+                "again",
             )
         if self._key != header.key:
             raise IdentityError(
@@ -405,17 +410,30 @@ class Recorder:
                 why="the remaining steps would see other samples",
                 fix="resume with the order that the run was recorded with",
             )
+        if self._weights_checksum != header.sample_weights:
+            raise IdentityError(
+                "sample_weights are not those of the run",
+                why="the remaining steps would weight their samples otherwise",
+                fix="resume with the sample_weights that the run was recorded with"
+                + (": none" if header.sample_weights is None else ""),
+            )
         self._signature = header.signature
         self._tree = state_tree(self._program)
         if data is not None:
             data.check(header.fingerprint)
             check_program(self._program, log, data)
-            self._data = data.in_memory() if header.data == "embedded" else data
+            if header.data == "embedded":
+                data = data.in_memory()
+                data.check_arrays(log.embedded())
+            self._data = data
         self._unchecked = data is None
         self._compile({name: log.program(name) for name in self._signature.programs})
-        if log.durable.end < (self._place.size(JOURNAL) or 0):
-            self._place.truncate(JOURNAL, log.durable.end)
+        cut_torn_tail(log)
         return log
+
+    @property
+    def _weights_checksum(self) -> int | None:
+        return None if self._sample_weights is None else checksum([self._sample_weights])
 
     def _compile(self, files: dict[str, bytes]) -> dict[str, str]:
         """Compile what the run carries, so that recording and replay execute the same program."""
@@ -457,9 +475,10 @@ def check_program(program: Program, log: Log, data: Data) -> None:
     )
     what = _first_difference(signature, header.signature)
     for name in () if what else header.signature.programs:
-        if artifact.text_hash(exported[name]) != header.programs[name]["text"]:
-            archived = artifact.load(name, log.program(name), header.signature, allow=None)
-            here, there = artifact.text(exported[name]), artifact.text(archived)
+        # The text of the file itself: the hash in the header is only what somebody claims.
+        archived = artifact.load(name, log.program(name), header.signature, allow=None)
+        here, there = artifact.text(exported[name]), artifact.text(archived)
+        if here != there:
             lines = zip(here.splitlines(), there.splitlines(), strict=False)
             differing = next((pair for pair in lines if pair[0] != pair[1]), ("more", "less"))
             what = f"{name} has {differing[0].strip()[:160]!r} where the run has "

@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import json
 import math
+import operator
 import os
 import pathlib
 import re
@@ -97,8 +98,8 @@ class ArraySpec:
     @classmethod
     def from_plain(cls, plain: Any) -> "ArraySpec":
         """Rebuild a spec from a record nobody vouches for; the values are checked when opened."""
-        shapes = {name: tuple(int(n) for n in plain[name]) for name in ("shape", "chunk")}
-        inner = None if plain["inner"] is None else tuple(int(n) for n in plain["inner"])
+        shapes = {name: tuple(map(operator.index, plain[name])) for name in ("shape", "chunk")}
+        inner = None if plain["inner"] is None else tuple(map(operator.index, plain["inner"]))
         if not all(n >= 0 for n in shapes["shape"]) or not all(n > 0 for n in shapes["chunk"]):
             raise ValueError(f"{plain['name']!r} has an impossible shape")
         if math.prod(shapes["chunk"]) > 2**34 or len(shapes["shape"]) != len(shapes["chunk"]):
@@ -112,7 +113,7 @@ class ArraySpec:
             dims=tuple(str(dim) for dim in plain["dims"]),
             inner=inner,
             ids=bool(plain["ids"]),
-            attributes=dict(plain["attributes"]),
+            attributes={str(k): str(v) for k, v in plain["attributes"].items()},
         )
 
 
@@ -355,7 +356,7 @@ def lay_out(place: Place, group: str, specs: Sequence[ArraySpec], **attributes: 
 
 
 def _short(error: Exception) -> str:
-    return str(error).split(" [")[0].splitlines()[0][:300]
+    return str(error).split(" [")[0].splitlines()[0][:600]
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

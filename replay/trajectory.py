@@ -128,8 +128,12 @@ class LocalEngine:
             )
             for name in signature.programs
         }
-        self._fingerprint = jax.jit(fingerprint)
-        self._copy = jax.jit(lambda leaves: [jnp.copy(leaf) for leaf in leaves])
+        # Compiled here, because `jit` would compile twice, for the leaves that `load` makes and for
+        # those that a program returns: the second time in the middle of the training.
+        state = [leaf.struct for leaf in signature.state]
+        self._fingerprint = jax.jit(fingerprint).lower(state).compile()
+        copy = jax.jit(lambda leaves: [jnp.copy(leaf) for leaf in leaves])
+        self._copy = copy.lower(state).compile()
 
     def load(self, leaves: Sequence[Any]) -> list[jax.Array]:
         """Take raw leaves as a state; a copy, because the next step may donate it."""
@@ -303,13 +307,8 @@ def read_stretch(log: Log, data: Data | None, start: int, stop: int) -> Stretch:
     Raises:
         DataError: a batch is not what it was when the run was recorded, or no data is at hand.
     """
-    header, order = log.header, log.order
+    header, ids = log.header, log.ids(start, stop)
     weights = log.column("weights", start, stop) if log.has_column("weights") else None
-    if log.has_column("ids"):
-        ids = log.column("ids", start, stop)
-    else:
-        assert order is not None
-        ids = order.batches(start, stop).ids
     if header.data == "spooled":
         batch = log.spooled(start, stop)
     elif data is None:

@@ -6,12 +6,14 @@ bytes over pipes: nothing is pickled, and the worker never sees the run director
 
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +46,10 @@ def _variables(recorded: Mapping[str, Any]) -> dict[str, str]:
             why="the worker that replays it is started with that number",
             fix="restore run.msgpack from a copy of the run",
         )
-    flags = {k: v for k, v in dict(recorded.get("xla_flags") or {}).items() if k in NUMERIC_FLAGS}
-    clean = {str(k): str(v) for k, v in flags.items() if str(v).replace("_", "").isalnum()}
+    flags = recorded.get("xla_flags")
+    flags = flags if isinstance(flags, dict) else {}
+    flags = {name: str(flags[name]) for name in NUMERIC_FLAGS if name in flags}
+    clean = {k: v for k, v in flags.items() if re.fullmatch(r"[\w.,-]+", v, re.ASCII)}
     variables = {"NPROC": str(threads)}
     variables["XLA_FLAGS"] = " ".join(f"--{name}={value}" for name, value in clean.items())
     variables["JAX_ENABLE_X64"] = "1" if recorded.get("x64") is True else "0"
@@ -55,8 +59,8 @@ def _variables(recorded: Mapping[str, Any]) -> dict[str, str]:
     if precision in ("default", "high", "highest", "bfloat16", "tensorfloat32", "float32"):
         variables["JAX_DEFAULT_MATMUL_PRECISION"] = precision
     platforms = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
-    if recorded.get("platform") in platforms:
-        variables["JAX_PLATFORMS"] = platforms[recorded["platform"]]
+    if (platform := str(recorded.get("platform"))) in platforms:
+        variables["JAX_PLATFORMS"] = platforms[platform]
     return variables
 
 
@@ -99,8 +103,12 @@ class RemoteEngine:
             stdout=self._errors,
             stderr=self._errors,
         )
+        # Not __del__: in a cycle the file and the process may be collected before their engine.
+        self._end = weakref.finalize(self, _end, self._process, self._errors)
         os.close(theirs_in)
         os.close(theirs_out)
+        self._present: _Remote | None = None
+        self._ahead = 0
         self._out, self._in = Connection(ours_out), Connection(ours_in)
         names = sorted(files)
         blobs = [np.frombuffer(files[name], np.uint8) for name in names]
@@ -127,34 +135,38 @@ class RemoteEngine:
 
     def load(self, leaves: Sequence[Any]) -> "_Remote":
         """Send raw leaves to the worker as its state."""
-        self._ask("load", {}, leaves)
-        return _Remote(list(leaves))
+        state = _Remote(list(leaves))
+        self._hold(state)
+        return state
 
     def fingerprint(self, state: "_Remote") -> np.ndarray:
         """Return the fingerprint of the worker's state."""
+        self._hold(state)
         return self._ask("fingerprint", {}, [])[1][0]
 
     def fetch(self, state: "_Remote") -> list[np.ndarray]:
         """Bring a state here."""
         if state.leaves is None:
+            self._hold(state)
             state.leaves = self._ask("fetch", {}, [])[1]
         return state.leaves
 
     def advance(self, state: "_Remote", stretch: Stretch) -> Iterator[Executed]:
         """Have the worker execute a stretch; results come as the worker has them."""
-        start, first, stop, ids, weights, batch = stretch
-        numbers = {"start": start, "first": first, "stop": stop, "weights": weights is not None}
-        arrays = [ids, *([] if weights is None else [weights]), *batch]
-        self._send("advance", numbers, arrays)
+        start, done, stop, ids, weights, batch = stretch
+        asked = {"start": start, "stop": stop, "weights": weights is not None}
+        inputs = [ids, *([] if weights is None else [weights]), *batch]
         aux = len(self._signature.aux)
-        done = first
         while done < stop:
-            numbers, arrays = self._receive()
-            count = numbers["count"]
+            if not self._ahead or state is not self._present:
+                self._hold(state)
+                self._send("advance", {**asked, "first": done}, inputs)
+                self._ahead = stop - done
+            count, arrays = self._result()
             losses, reported, rest = arrays[0], arrays[1 : 1 + aux], arrays[1 + aux :]
             grads = rest[: len(self._signature.grads)] if self._keep else None
             after = _Remote(rest[len(self._signature.grads) :] if self._keep else None)
-            before = state if self._keep else None
+            before, self._present = state if self._keep else None, after
             yield Executed(start + done, count, losses, reported, grads, before, after)
             state, done = after, done + count
 
@@ -162,17 +174,26 @@ class RemoteEngine:
         """End the worker."""
         self._out.close()
         self._in.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._errors.close()
+        self._end()
 
-    def __del__(self):
-        if getattr(self, "_process", None) is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+    def _hold(self, state: "_Remote") -> None:
+        """Give the worker a state, unless it is the one it has.
+
+        The worker has one state, but walks may take turns, or be left half way: what such a walk
+        has not taken is thrown away, or it would be taken for the answer to another question.
+        """
+        while self._ahead:
+            self._result()
+            self._present = None
+        if state is not self._present:
+            assert state.leaves is not None, "a walk that keeps no states is not interrupted"
+            self._ask("load", {}, state.leaves)
+            self._present = state
+
+    def _result(self) -> tuple[int, list[np.ndarray]]:
+        numbers, arrays = self._receive()
+        self._ahead -= numbers["count"]
+        return numbers["count"], arrays
 
     def _ask(self, kind, numbers, arrays):
         self._send(kind, numbers, arrays)
@@ -190,6 +211,7 @@ class RemoteEngine:
         except (EOFError, OSError) as error:
             raise self._dead() from error
         if "error" in numbers:
+            self._ahead, self._present = 0, None
             raise IdentityError(
                 f"the worker process failed: {numbers['error']}",
                 why="the run's settings differ from this process's, so its steps run in a worker",
@@ -213,6 +235,17 @@ class _Remote:
 
     def __init__(self, leaves: list[np.ndarray] | None):
         self.leaves = leaves
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        assert self.leaves is not None
+        return iter(self.leaves)
+
+
+def _end(process: subprocess.Popen, errors: IO[bytes]) -> None:
+    """End a worker, which has nothing to put in order."""
+    process.kill()
+    process.wait()
+    errors.close()
 
 
 def serve(input_descriptor: int, output_descriptor: int) -> None:

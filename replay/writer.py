@@ -4,6 +4,7 @@ The training loop hands over arrays that are still being computed; waiting for t
 compressing and syncing happen in one thread, in order, and the journal's record comes last.
 """
 
+import collections
 import dataclasses
 import queue
 import threading
@@ -90,6 +91,8 @@ class LogWriter:
         }
         self._start = start
         self._logged = log.column("witness", start, max(log.durable.steps, start))
+        # Given in the training's own thread: where warnings are errors, they end what it does.
+        self._warnings: collections.deque[str] = collections.deque()
         self._queue: queue.Queue[Commit | dict[str, Any] | None] = queue.Queue(maxsize=8)
         self._free = threading.Semaphore(1)
         self._thread = threading.Thread(target=self._run, name="replay-log", daemon=True)
@@ -107,12 +110,12 @@ class LogWriter:
             DivergenceError: a resumed run does not repeat what was logged.
         """
         self._queue.put(job)
-        self._raise()
+        self._report()
 
     def close(self) -> None:
         """Wait until everything that was submitted is durable; raises like `submit`."""
         self.stop()
-        self._raise()
+        self._report()
 
     def stop(self) -> None:
         """End the thread after what was submitted; raises nothing."""
@@ -120,7 +123,9 @@ class LogWriter:
             self._queue.put(None)
             self._thread.join()
 
-    def _raise(self) -> None:
+    def _report(self) -> None:
+        while self._warnings:
+            warnings.warn(self._warnings.popleft(), RuntimeWarning, stacklevel=2)
         if isinstance(self.error, ReplayError):
             raise self.error
         if self.error is not None and self._on_error == "raise":
@@ -134,7 +139,7 @@ class LogWriter:
             except Exception as error:  # whatever it is, the training must hear of it
                 self.error = error
                 if self._on_error == "warn" and not isinstance(error, ReplayError):
-                    warnings.warn(str(self._cannot_write()), RuntimeWarning, stacklevel=1)
+                    self._warnings.append(str(self._cannot_write()))
             finally:
                 if isinstance(job, Commit) and job.leaves is not None:
                     job.leaves = None
@@ -195,10 +200,8 @@ class LogWriter:
                 self._chunks[f"steps/aux_{number}"].put(start, values.astype(np.float32))
         bad = start + np.flatnonzero(~np.isfinite(means))
         if len(bad) and not self.bad_steps:
-            warnings.warn(
-                f"the mean loss of step {bad[0]} is {means[bad[0] - start]}; recording goes on",
-                RuntimeWarning,
-                stacklevel=1,
+            self._warnings.append(
+                f"the mean loss of step {bad[0]} is {means[bad[0] - start]}; recording goes on"
             )
         self.bad_steps += bad.tolist()[: 1000 - len(self.bad_steps)]
 

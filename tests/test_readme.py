@@ -36,6 +36,12 @@ def test_the_first_program_prints_what_the_readme_shows(tmp_path):
     assert steps == ["100", "101", "102"]
 
 
+def test_per_sample_gradients_are_explained(tmp_path):
+    printed = run(PROGRAMS[4], tmp_path)
+    assert "rule     dot_general" in printed
+    assert "(64, 10)" in printed
+
+
 @pytest.mark.parametrize("number", [1, 2, 3], ids=["linen", "grain", "hugging face"])
 def test_the_programs_for_real_libraries_run(number, tmp_path):
     printed = run(PROGRAMS[number], tmp_path)

@@ -50,8 +50,9 @@ def plan(
     offsets = np.cumsum([0] + [math.prod(x.shape) for x in structs])
     tensors = []
     for number, (struct, path) in enumerate(zip(structs, paths, strict=True)):
-        mine = tuple(i for i, meeting in enumerate(meetings) if number in meeting.leaves)
-        way, reason, place = "factors", "", None
+        mine = [i for i, meeting in enumerate(meetings) if number in meeting.leaves]
+        way, reason = "factors", ""
+        place: np.ndarray | None = None
         if not mine:
             way, reason = "zero", "the loss does not depend on it"
         elif all(kinds[i] is Whole for i in mine):
@@ -73,7 +74,7 @@ def plan(
                 place[elements] = inside
                 if np.array_equal(place, np.arange(flat.size)):
                     place = None
-        tensors.append(Tensor(number, path, struct, mine, way, reason, place))
+        tensors.append(Tensor(number, path, struct, tuple(mine), way, reason, place))
     return tuple(tensors)
 
 

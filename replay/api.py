@@ -186,7 +186,17 @@ class Run:
         return Grade.NUMERIC if self.log.durable.selftest else Grade.UNAUDITED
 
     def ids(self, start: int, stop: int) -> np.ndarray:
-        """Return the sample ids of steps `[start, stop)`, `int32[steps, batch]`; -1 is padding."""
+        """Return the sample ids of steps `[start, stop)`, `int32[steps, batch]`; -1 is padding.
+
+        Raises:
+            LogError: there are no such steps, or a file is damaged.
+        """
+        if not 0 <= start <= stop <= self.steps:
+            raise LogError(
+                f"{self.path} has steps 0 to {self.steps - 1}, not {start} to {stop - 1}",
+                why="ids are known of steps that were taken",
+                fix=f"run.ids({max(start, 0)}, {min(max(stop, 0), self.steps)})",
+            )
         return self.log.ids(start, stop)
 
     def history(self) -> dict[str, np.ndarray]:

@@ -48,6 +48,9 @@ ALLOWED_CALLS = frozenset(
     }
 )
 
+# No custom calls, but they wait for ever for something that this process does not send.
+_WAITING = {f"stablehlo.{name}" for name in ("infeed", "outfeed", "send", "recv")}
+
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
@@ -168,6 +171,14 @@ def trace(
             why="a weight is named by the path of its tensor",
             fix="rename the dict keys that contain '/' or repeat",
         )
+    for leaf in state_leaves:
+        if leaf.key not in (None, KEY_IMPLEMENTATION):
+            raise ProgramError(
+                f"{leaf.path} holds keys of the implementation {leaf.key!r}",
+                why="their random numbers depend on the device and the compiler, so that a replay "
+                "elsewhere would draw others",
+                fix=f"jax.random.key(seed, impl={KEY_IMPLEMENTATION!r})",
+            )
     batch_leaves = tuple(Leaf(leaf.path, leaf.shape[1:], leaf.dtype) for leaf in describe(examples))
     batch_tree = jax.tree.structure(examples)
     trees: dict[str, Any] = {}
@@ -380,10 +391,12 @@ def load(
 
 
 def custom_calls(exported: export.Exported) -> set[str]:
-    """Return the targets of all custom calls in a program."""
+    """Return the targets of all custom calls in a program, and what would wait for a host."""
     found: set[str] = set()
 
     def walk(operation):
+        if operation.name in _WAITING:
+            found.add(operation.name)
         if "custom_call" in operation.name:
             found.add(ir.StringAttr(operation.attributes["call_target_name"]).value)
         for region in operation.regions:

@@ -23,7 +23,8 @@ class Checkpoints:
             seconds, judged by the time that the steps have taken.
 
     Raises:
-        LogError: not exactly one is given, or it is not positive.
+        LogError: not exactly one is given, or it is not positive, or not a whole number of steps
+            or bytes.
 
     Example:
         >>> Checkpoints(every=500)
@@ -37,11 +38,17 @@ class Checkpoints:
 
     def __post_init__(self):
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        value = next(iter(given.values()), 0)
-        if len(given) != 1 or not isinstance(value, int | float) or not value > 0:
+        name, value = next(iter(given.items()), ("", 0))
+        kind = int if name in ("every", "budget") else int | float
+        if (
+            len(given) != 1
+            or isinstance(value, bool)
+            or not isinstance(value, kind)
+            or not value > 0
+        ):
             raise LogError(
                 f"checkpoints are to be stored by {given or 'no rule'}",
-                why="a policy is one rule with one positive number",
+                why="a policy is one rule with one positive number, of steps or bytes a whole one",
                 fix="replay.Checkpoints(every=500), (seconds=60), (budget=2**30) or (reach=10)",
             )
 

@@ -114,13 +114,17 @@ class Header:
     def _check_arrays(self) -> None:
         """Refuse arrays that no recorder lays out; how they are cut into chunks is theirs."""
         names = {spec.name for spec in self.arrays["steps"]}
+        embedded = self.arrays["data"][0].shape[0] if self.data == "embedded" else 0
+        samples = embedded or (self.fingerprint or {}).get("samples")
+        if self.order is not None and self.order[1] != samples:
+            raise ValueError(f"the order is over {self.order[1]} samples, the data has {samples}")
         expected = layouts(
             self.signature,
             self.steps,
             ids="steps/ids" in names,
             weights="steps/weights" in names,
             batch_checksums="steps/batch_crc32c" in names,
-            samples=self.arrays["data"][0].shape[0] if self.data == "embedded" else 0,
+            samples=embedded,
             spool=self.data == "spooled",
         )
         for group, specs in expected.items():
@@ -140,7 +144,7 @@ def _named(value: Any) -> bool:
 # What the fields of a header have to be, where nothing else checks them.
 _FORMS: dict[str, Callable[[Any], bool]] = {
     "name": lambda x: type(x) is str,
-    "created": lambda x: type(x) in (int, float),
+    "created": lambda x: type(x) in (int, float) and 0 <= x < 2**40,
     "key": lambda x: len(x) == 2 and all(_natural(word, 2**32) for word in x),
     "programs": lambda x: _named(x) and set(x) <= set(VERSIONS) and all(map(_named, x.values())),
     "environment": _named,
@@ -322,7 +326,9 @@ class Log:
                 why="its arguments may mean something else",
                 fix="pip install --upgrade jax-replay",
             )
-        data = self.place.read(f"program/{name}", limit=2**30)
+        size = entry.get("bytes")
+        limit = min(size, 2**30) if type(size) is int else 0
+        data = self.place.read(f"program/{name}", limit=limit)
         if sha256(data) != entry.get("sha256"):
             raise LogError(
                 f"{self.place}: program/{name} is damaged: its checksum does not agree",

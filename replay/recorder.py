@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import reprlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -113,6 +114,12 @@ class Recorder:
         self._key = _key_words(key)
         self._data = None if data is None else Data.of(data)
         self._order = None
+        if order is not None and not isinstance(order, Order):
+            raise OrderError(
+                f"order is a {type(order).__name__}",
+                why="an order says for every step which samples make its batch",
+                fix="replay.Order.shuffled(batch_size, epochs, seed), or .explicit(ids)",
+            )
         if order is not None and self._data is not None:
             self._order = order.bind(len(self._data))
             if not len(self._order):
@@ -177,13 +184,18 @@ class Recorder:
         """
         values = {}
         for name, value in metrics.items():
-            if np.shape(value) != ():
+            shape = np.shape(value)
+            try:
+                values[name] = float(value) if shape == () else None
+            except (TypeError, ValueError):
+                values[name] = None
+            if values[name] is None:
                 raise LogError(
-                    f"metric {name!r} has shape {list(np.shape(value))}",
+                    f"metric {name!r} "
+                    + (f"has shape {list(shape)}" if shape else f"is {reprlib.repr(value)}"),
                     why="metrics are columns with one number for a step",
                     fix="log scalars; arrays can be recomputed from the run at any time",
                 )
-            values[name] = float(value)
         self._open().measure(values)
 
     def advance(self, steps: int | None = None) -> bool:
@@ -192,13 +204,13 @@ class Recorder:
         Returns:
             Whether any step was taken: False once the order is at its end.
         """
-        recording = self._open()
         if self._order is None:
             raise OrderError(
                 "this recorder has no order to advance in",
                 why="it was made without data, to be fed",
                 fix="for batch in loader: recorder.feed(batch)",
             )
+        recording = self._open()
         begin = recording.step
         target = len(self._order) if steps is None else min(begin + steps, len(self._order))
         while recording.step < target:
@@ -222,7 +234,8 @@ class Recorder:
             weights: `float[batch]`, factors of the losses; ones by default.
 
         Raises:
-            DataError: the batch has other leaves than the first one.
+            DataError: the batch has other leaves than the first one, or ids or weights do not
+                fit it.
         """
         if self._order is not None:
             raise OrderError(
@@ -247,8 +260,25 @@ class Recorder:
                 fix="pad the batch and give the padding weight 0: feed(batch, weights=...)",
             )
         running = (np.arange(size) + step * size) % (2**31 - 1)
-        rows = np.asarray(running if ids is None else ids, np.int32).reshape(1, size)
-        factors = None if weights is None else np.asarray(weights, np.float32).reshape(1, size)
+        rows = np.asarray(running if ids is None else ids)
+        if (
+            rows.shape != (size,)
+            or rows.dtype.kind not in "iu"
+            or not -1 <= rows.min() <= rows.max() < 2**31
+        ):
+            raise DataError(
+                f"the ids of step {step} are {reprlib.repr(rows.tolist())}",
+                why=f"they are one integer for each of the {size} samples; -1 stands for padding",
+                fix="pass int[batch], or leave ids out: the samples are then counted",
+            )
+        factors = None if weights is None else np.asarray(weights, np.float32)
+        if factors is not None and (factors.shape != (size,) or not np.isfinite(factors).all()):
+            raise DataError(
+                f"the weights of step {step} are {reprlib.repr(factors.tolist())}",
+                why=f"they are one finite factor for each of the {size} samples",
+                fix="pass float[batch], with 0 for padding",
+            )
+        rows, factors = rows.astype(np.int32)[None], None if factors is None else factors[None]
         leaves = [leaf[None] for leaf in fed.leaves(np.arange(size))]
         self._open().execute(Stretch(step, 0, 1, rows, factors, leaves))
 

@@ -349,7 +349,16 @@ class Replayer:
                 signature, files, header.key, keep=keep, recorded=header.environment
             )
         else:
-            engine = LocalEngine(signature, loaded, header.key, keep=keep)
+            try:
+                engine = LocalEngine(signature, loaded, header.key, keep=keep)
+            except Exception as error:  # the compiler raises whatever a forged program leads it to
+                raise LogError(
+                    f"{self._log.place}: the archived {' and '.join(signature.programs)} cannot be "
+                    f"compiled: {type(error).__name__}: {str(error)[:300]}",
+                    why="states between the stored ones exist only by executing them",
+                    fix="open the run with the versions of jax and jaxlib that `replay show` "
+                    "prints; if they are these, restore program/ from a copy of the run",
+                ) from error
         self._engines[keep] = engine
         return engine
 

@@ -291,8 +291,8 @@ class Log:
         self.durable = Durable()
         if place.size(JOURNAL) is not None:
             self.durable = Durable.read(place.read(JOURNAL), f"{place}: {JOURNAL}")
-        self._check_sizes()
         self._check_journal()
+        self._check_sizes()
         self._arrays: dict[str, StoredArray] = {}
         self._cached: collections.OrderedDict[tuple[str, int], np.ndarray] = (
             collections.OrderedDict()

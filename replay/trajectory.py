@@ -66,7 +66,7 @@ class Executed(NamedTuple):
         count: how many; one unless a whole block ran at once.
         losses: `[batch]` of one step, or `[count, batch]` of a block.
         aux: `[]` or `[batch]` each, for a block with a leading axis.
-        grads: of the last step.
+        grads: of the last step; None where the engine does not keep states.
         before: the state before; None if it was donated.
         after: the state after the last step.
     """
@@ -173,11 +173,13 @@ class LocalEngine:
                 *[leaf[i] for leaf in batch],
             )
             losses, aux = results[0], results[1:to_grads]
-            grads, carry = results[to_grads:to_carry], results[to_carry:]
-            after = update(*state, *carry, *grads, losses)
+            after = update(*state, *results[to_carry:], *results[to_grads:to_carry], losses)
+            # Whom nobody observes, nobody holds: the gradients of a step are gone before the next.
+            grads = results[to_grads:to_carry] if self._keep else None
             before = state if self._keep else None
+            state, results = after, None
             yield Executed(start + i, 1, losses, aux, grads, before, after)
-            state = after
+            grads = before = after = None
 
     def _by_block(self, state: list[jax.Array], stretch: Stretch) -> Iterator[Executed]:
         """Run a whole stretch in one call, or, for observers, the same program step by step."""
@@ -192,7 +194,8 @@ class LocalEngine:
             rows = (np.int32(first), np.int32(first + size))
             results = block(*state, self._key, start, *rows, *staged)
             after, rest = results[:count], results[count:]
-            (losses, *aux), grads = rest[:reported], rest[reported:]
+            losses, *aux = rest[:reported]
+            grads = rest[reported:] if self._keep else None
             if self._keep:
                 losses, *aux = (np.asarray(x)[first] for x in (losses, *aux))
             elif first or size < self._signature.block:

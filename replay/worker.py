@@ -88,6 +88,7 @@ class RemoteEngine:
         recorded: Mapping[str, Any],
     ):
         self._signature, self._keep = signature, keep
+        variables = _variables(recorded)
         self._errors = tempfile.TemporaryFile()
         theirs_in, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
@@ -97,7 +98,7 @@ class RemoteEngine:
         )
         self._process = subprocess.Popen(
             [sys.executable, "-c", start],
-            env={**os.environ, **_variables(recorded)},
+            env={**os.environ, **variables},
             pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL,
             stdout=self._errors,

@@ -279,7 +279,7 @@ def digits(side: int) -> dict[str, np.ndarray]:
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8)
     if side == 28:
         images = np.pad(np.kron(images, np.ones((1, 3, 3), np.float32)), ((0, 0), (2, 2), (2, 2)))
-    return {"x": images, "y": labels.astype(np.int32)}
+    return {"x": np.asarray(images), "y": np.asarray(labels, np.int32)}
 
 
 class Transformer(nn.Module):
@@ -317,7 +317,7 @@ def model(case: Case) -> tuple[Callable, Callable]:
 
     def loss(params, example, key):
         streams = {"dropout": key} if random else None
-        logits = module.apply({"params": params}, example["x"], rngs=streams)
+        logits: Any = module.apply({"params": params}, example["x"], rngs=streams)
         return optax.softmax_cross_entropy_with_integer_labels(logits, example["y"])
 
     return init, loss
@@ -407,7 +407,7 @@ def by_hand(
                 save(done, state)
 
     def last_loss():
-        return float(np.ravel(value)[-1])
+        return float(np.ravel(np.asarray(value))[-1])
 
     with contextlib.closing(chunks):
         yield Loop(advance, last_loss, lambda: jax.block_until_ready(copy(state)))
@@ -471,7 +471,8 @@ def alternate(
         for loop in loops.values():
             # Past compilation, and half way to the first checkpoint after state 0.
             loop.advance(case.interval // 2)
-            loop.loss(), loop.wait()
+            loop.loss()
+            loop.wait()
         found: dict[str, list] = {name: [] for name in loops}
         for turn in range(case.rounds):
             for name in list(loops)[:: 1 if turn % 2 else -1]:
@@ -706,7 +707,7 @@ def environment() -> dict[str, Any]:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a smoke test; writes nothing")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="writes nothing")
     options = parser.parse_args()

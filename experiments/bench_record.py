@@ -7,11 +7,12 @@ how long does it take to open a run, and to reach one of its states?
 Command:  python experiments/bench_record.py            writes results/bench_record.json
           python experiments/bench_record.py --quick    runs all of it for a moment, writes nothing
           python experiments/bench_record.py --only stalls memory
-Expected: the targets are these; which are met stands in the result. Step dispatch takes at most 1.10, 1.02 and 1.01 times a hand-written
-          step of 2, 10 and 100 ms; block dispatch at most 0.9 times one of 0.1 ms, and 1.15 times a
-          hand-written scan. A checkpoint stalls the loop for 2 ms; memory grows by a copy of the
-          state and 64 MB; the log by 16 bytes a step and by the entropy of the sample ids and 15%.
-          Going back takes 1.2 times the training, opening a run 200 ms.
+Expected: the result says which of these targets are met. Step dispatch takes at most 1.10, 1.02
+          and 1.01 times a hand-written step of 2, 10 and 100 ms; block dispatch at most 0.9 times
+          one of 0.1 ms, and 1.15 times a hand-written scan. A checkpoint stalls the loop for 2 ms;
+          memory grows by a copy of the state and 64 MB; the log by 16 bytes a step and by the
+          entropy of the sample ids and 15%. Going back takes 1.2 times the training, opening a
+          run 200 ms.
 Run time: 10 minutes on two cores, --quick 2 minutes; nothing else should run meanwhile.
 
 The loops that are compared:

@@ -483,16 +483,22 @@ def thin(log: Log, keep: Sequence[int]) -> list[int]:
     stored = sorted(log.durable.checkpoints)
     dropped = sorted(set(stored) - set(keep) - {stored[0], stored[-1]})
     if dropped:
-        cut_torn_tail(log)
+        clear_torn(log)
         log.place.append(JOURNAL, frame({"kind": "dropped", "states": dropped}))
         delete_rows(log, [log.durable.checkpoints.pop(state) for state in dropped])
     return dropped
 
 
-def cut_torn_tail(log: Log) -> None:
-    """Cut off what a killed recorder left of a journal record, before another is appended."""
+def clear_torn(log: Log) -> None:
+    """Remove what a killed recorder left half written, before anything is written again.
+
+    That is the tail of the journal, and files that were not yet renamed to their places.
+    """
     if log.durable.end < (log.place.size(JOURNAL) or 0):
         log.place.truncate(JOURNAL, log.durable.end)
+    for name in log.place.list():
+        if name.endswith((".__lock", ".part")):
+            log.place.delete(name)
 
 
 def discard_unborn(place: Place) -> None:

@@ -18,7 +18,7 @@ from replay.checkpoints import Checkpoints, Schedule
 from replay.data import Data, checksum
 from replay.errors import DataError, IdentityError, LogError, OrderError, ProgramError
 from replay.identity import environment, sha256
-from replay.log import HEADER, Header, Log, create, cut_torn_tail, discard_unborn, layouts
+from replay.log import HEADER, Header, Log, clear_torn, create, discard_unborn, layouts
 from replay.order import Order
 from replay.program import Program, init_key
 from replay.recording import Recording
@@ -458,7 +458,7 @@ class Recorder:
             self._data = data
         self._unchecked = data is None
         self._compile({name: log.program(name) for name in self._signature.programs})
-        cut_torn_tail(log)
+        clear_torn(log)
         return log
 
     @property

@@ -24,7 +24,7 @@ from replay.program import Inputs, Program
 from replay.tree import Leaf, describe, lift, lower
 
 # The versioned table of what may stand in `program/`. A reader refuses a version it does not know.
-VERSIONS = {"gradient": 1, "update": 1, "block": 1, "losses": 1, "sample_gradient": 1}
+VERSIONS = dict.fromkeys(("step", "block", "gradient", "update", "losses", "sample_gradient"), 1)
 
 KEY_IMPLEMENTATION = "threefry2x32"
 
@@ -85,8 +85,8 @@ class Signature:
 
     @property
     def programs(self) -> tuple[str, ...]:
-        """Names of the trajectory programs: the only ones that may move the state."""
-        return ("block",) if self.block else ("gradient", "update")
+        """Name of the trajectory program: the only one that may move the state."""
+        return ("block",) if self.block else ("step",)
 
     def arguments(self, name: str) -> list[jax.ShapeDtypeStruct]:
         """Return the flat arguments of a program."""
@@ -110,6 +110,7 @@ class Signature:
         leaves = {
             "gradient": self.losses + self.aux + self.grads + self.carry,
             "update": self.state,
+            "step": self.state + self.losses + self.aux + self.grads,
             "losses": self.losses,
             "sample_gradient": self.grads,
         }
@@ -209,6 +210,19 @@ def trace(
         _same_form(state_leaves, after)
         return lower(after)
 
+    def step(*raw):
+        """Return the state after a step, and its losses, aux and gradients.
+
+        The barrier keeps the two halves apart: what `update` is given, and what is returned as
+        the gradients, are the same numbers in memory, however the compiler fuses.
+        """
+        state = raw[:count]
+        results = jax.lax.optimization_barrier(gradient(*raw))
+        to_grads = 1 + len(trees["aux"][0])
+        to_carry = to_grads + len(trees["grads"][0])
+        reported, carry = results[:to_carry], results[to_carry:]
+        return [*update(*state, *carry, *reported[to_grads:], reported[0]), *reported]
+
     def block_of_steps(*raw):
         state, (key_data, start, first, stop, *staged) = raw[:count], raw[count:]
         empty = [jnp.zeros(x.shape, x.dtype) for x in signature.results("block")[count:]]
@@ -217,14 +231,13 @@ def trace(
         def body(i, carried):
             state, stacks, _ = carried
             now = [jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in staged]
-            results = gradient(*state, key_data, start + i.astype(jnp.uint32), *now)
-            reported, rest = results[: len(stacks)], results[len(stacks) :]
-            grads, carry = rest[: len(signature.grads)], rest[len(signature.grads) :]
+            results = step(*state, key_data, start + i.astype(jnp.uint32), *now)
+            to_grads = count + len(stacks)
             stacks = [
                 jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
-                for stack, x in zip(stacks, reported, strict=True)
+                for stack, x in zip(stacks, results[count:to_grads], strict=True)
             ]
-            return update(*state, *carry, *grads, results[0]), stacks, grads
+            return results[:count], stacks, results[to_grads:]
 
         state, stacks, grads = jax.lax.fori_loop(first, stop, body, (list(state), stacks, grads))
         return [*state, *stacks, *grads]
@@ -239,7 +252,9 @@ def trace(
         _check_results(signature)
         exported["update"] = _export(update, signature, "update")
         if block:
-            exported = {"block": _export(block_of_steps, signature, "block")}
+            exported["block"] = _export(block_of_steps, signature, "block")
+        else:
+            exported["step"] = _export(step, signature, "step")
         if (losses := program.losses) is not None:
 
             def losses_of(*raw):

@@ -51,7 +51,7 @@ class Recorder:
         data: the samples, anything that `Data.of` takes; None to `feed` batches instead.
         order: which samples make which batch; None to `feed`.
         key: a typed key, `jax.random.key(seed)`; every random number of the run derives from it.
-        dispatch: `step` (two programs a step), or `block` (one program for many steps, for steps
+        dispatch: `step` (one call a step), or `block` (one program for many steps, for steps
             well below a millisecond). The bits of a run depend on it, so it is never chosen by
             timing.
         like: a run whose form of dispatch is taken over instead.

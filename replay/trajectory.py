@@ -123,9 +123,7 @@ class LocalEngine:
         size = (signature.block,) * bool(signature.block) + (signature.batch_size,)
         self._ones = jnp.ones(size, jnp.float32)
         self._programs = {
-            name: compile(
-                exported[name], signature, name, donate=not keep and name in ("update", "block")
-            )
+            name: compile(exported[name], signature, name, donate=not keep)
             for name in signature.programs
         }
         # Compiled here, because `jit` would compile twice, for the leaves that `load` makes and for
@@ -158,13 +156,12 @@ class LocalEngine:
         return {k: sha256((v.as_text() or "").encode()) for k, v in self._programs.items()}
 
     def _by_step(self, state: list[jax.Array], stretch: Stretch) -> Iterator[Executed]:
-        gradient, update = self._programs["gradient"], self._programs["update"]
+        step, count = self._programs["step"], len(self._signature.state)
         start, first, stop, ids, weights, batch = stretch
         signature, key, ones = self._signature, self._key, self._ones
-        to_grads = 1 + len(signature.aux)
-        to_carry = to_grads + len(signature.grads)
+        to_grads = count + 1 + len(signature.aux)
         for i in range(first, stop):
-            results = gradient(
+            results = step(
                 *state,
                 key,
                 np.uint32(start + i),
@@ -172,10 +169,9 @@ class LocalEngine:
                 ones if weights is None else weights[i],
                 *[leaf[i] for leaf in batch],
             )
-            losses, aux = results[0], results[1:to_grads]
-            after = update(*state, *results[to_carry:], *results[to_grads:to_carry], losses)
+            after, losses, aux = results[:count], results[count], results[count + 1 : to_grads]
             # Whom nobody observes, nobody holds: the gradients of a step are gone before the next.
-            grads = results[to_grads:to_carry] if self._keep else None
+            grads = results[to_grads:] if self._keep else None
             before = state if self._keep else None
             state, results = after, None
             yield Executed(start + i, 1, losses, aux, grads, before, after)

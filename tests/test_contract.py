@@ -1,9 +1,10 @@
 """Whatever was recorded, every state of it can be had again, bit for bit.
 
-The states are compared with those of an independent loop, the one that anybody would write: two
-jitted functions, batches picked by numpy, keys folded as the definitions say.
+The states are compared with those of an independent loop, the one that anybody would write: a
+jitted step, batches picked by numpy, keys folded as the definitions say.
 """
 
+import functools
 import hashlib
 import inspect
 import itertools
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from models import (
     BATCH,
@@ -162,15 +164,17 @@ def row(inputs, step):
     return jax.tree.map(lambda x: x[step], inputs)
 
 
+def one_step(program, state, inputs):
+    """Return `state, losses, aux, grads`: the definition of a step."""
+    results = program.gradient(state, inputs)
+    losses, aux, grads, carry = jax.lax.optimization_barrier(results)
+    return program.update(state, carry, grads, losses), losses, aux, grads
+
+
 def by_step(program):
-    """Return `advance(state, inputs, step) -> state, losses, aux, grads`: two jitted functions."""
-    gradient, update = jax.jit(program.gradient), jax.jit(program.update)
-
-    def advance(state, inputs, step):
-        losses, aux, grads, carry = gradient(state, row(inputs, step))
-        return update(state, carry, grads, losses), losses, aux, grads
-
-    return advance
+    """Return `advance(state, inputs, step) -> state, losses, aux, grads`: one jitted function."""
+    jitted = jax.jit(functools.partial(one_step, program))
+    return lambda state, inputs, step: jitted(state, row(inputs, step))
 
 
 def by_block(program):
@@ -181,9 +185,7 @@ def by_block(program):
     """
 
     def body(step, carried, inputs):
-        state = carried[0]
-        losses, aux, grads, carry = program.gradient(state, row(inputs, step))
-        return program.update(state, carry, grads, losses), losses, aux, grads
+        return one_step(program, carried[0], row(inputs, step))
 
     @jax.jit
     def turns(state, inputs, start, stop):
@@ -297,6 +299,29 @@ print(json.dumps([[bits(s) for _, s in replay.open(p).states(slice(None))] for p
         for case, states, run in zip(cases, found, runs, strict=True)
     }
     assert differences == dict.fromkeys(map(str, cases))
+
+
+@pytest.mark.parametrize("dispatch", ["step", "block"])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_gradients_that_are_seen_are_those_that_were_used(tmp_path, model, dispatch):
+    """Descent by a power of two rounds once, so that it can be repeated outside the program."""
+    case, program = Case(model, "momentum"), MODELS[model][0](optax.sgd(2**-3))
+    with replay.Recorder(
+        tmp_path, program, case.data, case.order, key=case.key, dispatch=dispatch, self_test=False
+    ) as recorder:
+        recorder.advance(12)
+    moved = 0
+    for step, after in itertools.pairwise(replay.open(tmp_path).trajectory(0, 12)):
+        grads = jax.device_get(step.grads)
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)):
+            assert model == "loss_scaling", "the only model that leaves out such a step"
+            continue
+        moved += 1
+        expected = jax.tree.map(
+            lambda w, g: w - np.float32(2**-3) * g, jax.device_get(step.state.params), grads
+        )
+        assert bits(after.state.params) == bits(expected)
+    assert moved > 4
 
 
 # ------------------------------------------------------------------------------------- threads

@@ -180,11 +180,11 @@ def test_swapped_checkpoints_are_noticed(intact, tmp_path):
 
 
 def test_swapped_programs_are_noticed(intact, tmp_path):
-    one, other = "program/gradient", "program/update"
+    one, other = "program/step", "program/update"
     path = intact.copy(tmp_path, {one: intact.files[other], other: intact.files[one]})
     assert assert_right_or_refused(path, intact, one, other)
     error = replay.open(path).verify().segments[0].error
-    assert "program/gradient is damaged: its checksum does not agree" in error
+    assert "program/step is damaged: its checksum does not agree" in error
 
 
 def test_the_advice_names_the_file_of_a_state_that_is_not_its_own(intact, tmp_path):

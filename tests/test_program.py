@@ -171,7 +171,7 @@ def test_exports_hold_no_path_of_this_machine_and_do_not_depend_on_source_lines(
     example = {"x": np.ones((1, 1), np.float32)}
     _, first = artifact.trace(program, state, example, batch_size=4)
     _, again = artifact.trace(program, state, example, batch_size=4)
-    assert set(first) == {"gradient", "update", "losses", "sample_gradient"}
+    assert set(first) == {"step", "gradient", "update", "losses", "sample_gradient"}
     for name, exported in first.items():
         data = bytes(exported.serialize())
         assert b".py" not in data

@@ -117,7 +117,7 @@ def plainly(call):
 
 
 def in_a_branch(call):
-    return lambda x: jax.lax.cond(x[0] > 0, call, lambda x: x, x)
+    return lambda x: jax.lax.cond(x.sum() > 0, call, lambda x: x, x)
 
 
 def in_a_loop(call):
@@ -128,7 +128,7 @@ def in_a_function(call):
     return jax.jit(lambda x: jax.jit(call)(x))
 
 
-def calling(honest, target, name="gradient", place=plainly):
+def calling(honest, target, name="step", place=plainly):
     """Return the bytes of an honest program that makes a custom call besides."""
 
     def program(*raw):
@@ -141,14 +141,16 @@ def calling(honest, target, name="gradient", place=plainly):
     return bytes(export.export(jax.jit(program), disabled_checks=allowed)(*arguments).serialize())
 
 
-def edited(honest, line, name="gradient"):
+def edited(honest, line, name="step"):
     """Return the bytes of a program with a line of StableHLO more."""
     exported = honest.program(name)
     text = artifact.text(exported)
-    at = text.index("    %cst")
+    at = text.index("    %")
+    (ids,) = re.findall(r"(%arg\d+): tensor<4xi32>", text)
+    text = f"{text[:at]}    {line.replace('IDS', ids)}\n{text[at:]}"
     with mlir.make_ir_context() as context:
         stablehlo.register_dialect(context)
-        module = ir.Module.parse(f"{text[:at]}    {line}\n{text[at:]}")
+        module = ir.Module.parse(text)
         data = stablehlo.serialize_portable_artifact(module, stablehlo.get_minimum_version())
     return bytes(dataclasses.replace(exported, mlir_module_serialized=data).serialize())
 
@@ -157,10 +159,10 @@ def edited(honest, line, name="gradient"):
 def test_a_program_that_calls_python_is_refused_before_anything_runs(
     honest, tmp_path, nothing_may_run, place
 ):
-    path = honest.forge(tmp_path, gradient=calling(honest, CALLBACK, place=place))
+    path = honest.forge(tmp_path, step=calling(honest, CALLBACK, place=place))
     nothing_may_run()
     run = replay.open(path)
-    what = f"program/gradient calls '{CALLBACK}'"
+    what = f"program/step calls '{CALLBACK}'"
     error = refuse(replay.IdentityError, what, run.state, 3)
     assert error.fix == f"if you trust who recorded it: replay.open(path, allow=['{CALLBACK}'])"
     refuse(replay.IdentityError, what, lambda: list(run.trajectory()))
@@ -182,15 +184,15 @@ def test_a_program_that_calls_python_is_refused_before_anything_runs(
     ],
 )
 def test_only_calls_on_the_list_are_made(honest, tmp_path, nothing_may_run, target):
-    path = honest.forge(tmp_path, update=calling(honest, target, "update"))
+    path = honest.forge(tmp_path, step=calling(honest, target))
     nothing_may_run()
-    refuse(replay.IdentityError, "program/update calls '", replay.open(path).state, 3)
+    refuse(replay.IdentityError, "program/step calls '", replay.open(path).state, 3)
     allowing_others = replay.open(path, allow=["lapack", "triton", "*", "xla_ffi_python"])
-    refuse(replay.IdentityError, "program/update calls '", allowing_others.state, 3)
+    refuse(replay.IdentityError, "program/step calls '", allowing_others.state, 3)
 
 
 def test_a_call_is_allowed_by_its_name(honest, tmp_path, monkeypatch):
-    path = honest.forge(tmp_path, gradient=calling(honest, "my_kernel"))
+    path = honest.forge(tmp_path, step=calling(honest, "my_kernel"))
     names = []
     monkeypatch.setattr(
         "replay.trajectory.compile", lambda exported, signature, name, **_: names.append(name)
@@ -198,17 +200,17 @@ def test_a_call_is_allowed_by_its_name(honest, tmp_path, monkeypatch):
     run = replay.open(path, allow=["my_kernel"])
     with pytest.raises(TypeError):  # what was compiled instead cannot be called
         run.state(3)
-    assert names == ["gradient", "update"]
+    assert names == ["step"]
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        '%call = "stablehlo.custom_call"(%arg4) {call_target_name = "unheard_of", '
+        '%call = "stablehlo.custom_call"(IDS) {call_target_name = "unheard_of", '
         "has_side_effect = true} : (tensor<4xi32>) -> tensor<4xi32>",
         '%t = stablehlo.create_token : !stablehlo.token %u:2 = "stablehlo.infeed"(%t) '
         '{infeed_config = ""} : (!stablehlo.token) -> (tensor<f32>, !stablehlo.token)',
-        '%t = stablehlo.create_token : !stablehlo.token %u = "stablehlo.outfeed"(%arg4, %t) '
+        '%t = stablehlo.create_token : !stablehlo.token %u = "stablehlo.outfeed"(IDS, %t) '
         '{outfeed_config = ""} : (tensor<4xi32>, !stablehlo.token) -> !stablehlo.token',
         '%t = stablehlo.create_token : !stablehlo.token %u:2 = "stablehlo.recv"(%t) '
         "{channel_handle = #stablehlo.channel_handle<handle = 1, type = 3>, is_host_transfer = "
@@ -217,9 +219,9 @@ def test_a_call_is_allowed_by_its_name(honest, tmp_path, monkeypatch):
     ids=["custom_call", "infeed", "outfeed", "recv"],
 )
 def test_a_line_that_reaches_out_of_a_program_is_refused(honest, tmp_path, nothing_may_run, line):
-    path = honest.forge(tmp_path, gradient=edited(honest, line))
+    path = honest.forge(tmp_path, step=edited(honest, line))
     nothing_may_run()
-    refuse(replay.IdentityError, "program/gradient calls '", replay.open(path).state, 3)
+    refuse(replay.IdentityError, "program/step calls '", replay.open(path).state, 3)
 
 
 def test_whoever_resumes_a_run_executes_the_program_they_passed_or_nothing(
@@ -227,10 +229,10 @@ def test_whoever_resumes_a_run_executes_the_program_they_passed_or_nothing(
 ):
     """The header may claim any text; the file is compared."""
     header = honest.header()
-    path = honest.forge(tmp_path, header, gradient=calling(honest, CALLBACK))
+    path = honest.forge(tmp_path, header, step=calling(honest, CALLBACK))
     assert (
-        header["programs"]["gradient"]["text"]
-        == only_frame((path / HEADER).read_bytes(), HEADER)["programs"]["gradient"]["text"]
+        header["programs"]["step"]["text"]
+        == only_frame((path / HEADER).read_bytes(), HEADER)["programs"]["step"]["text"]
     )
     nothing_may_run()
     what = "the program is not the one in"
@@ -239,12 +241,12 @@ def test_whoever_resumes_a_run_executes_the_program_they_passed_or_nothing(
 
 
 def other_batch(*shape):
-    """Export a gradient for another batch than the run's."""
+    """Export a step for another batch than the run's."""
 
     def export_it(honest):
-        arguments = honest.signature.arguments("gradient")
+        arguments = honest.signature.arguments("step")
         arguments[-1] = jax.ShapeDtypeStruct(shape, jnp.float32)
-        forms = honest.signature.results("gradient")
+        forms = honest.signature.results("step")
         zeros = jax.jit(lambda *raw: [jnp.zeros(form.shape, form.dtype) for form in forms])
         return bytes(export.export(zeros)(*arguments).serialize())
 
@@ -253,13 +255,13 @@ def other_batch(*shape):
 
 def other_results(honest):
     zeros = jax.jit(lambda *raw: [jnp.zeros(4)])
-    return bytes(export.export(zeros)(*honest.signature.arguments("gradient")).serialize())
+    return bytes(export.export(zeros)(*honest.signature.arguments("step")).serialize())
 
 
 def other_platform(honest):
-    forms = honest.signature.results("gradient")
+    forms = honest.signature.results("step")
     zeros = jax.jit(lambda *raw: [jnp.zeros(form.shape, form.dtype) for form in forms])
-    exported = export.export(zeros, platforms=["tpu"])(*honest.signature.arguments("gradient"))
+    exported = export.export(zeros, platforms=["tpu"])(*honest.signature.arguments("step"))
     return bytes(exported.serialize())
 
 
@@ -279,7 +281,7 @@ def other_platform(honest):
 def test_a_program_that_does_not_fit_the_run_is_refused(
     honest, tmp_path, nothing_may_run, make, error, what
 ):
-    path = honest.forge(tmp_path, gradient=make(honest))
+    path = honest.forge(tmp_path, step=make(honest))
     nothing_may_run()
     refuse(error, what, replay.open(path).state, 3)
 
@@ -290,7 +292,7 @@ def test_a_program_that_does_not_compile_is_an_error_with_advice(honest, tmp_pat
 
     monkeypatch.setattr("replay.trajectory.compile", fail)
     run = replay.open(honest.forge(tmp_path))
-    what = "gradient and update cannot be compiled: JaxRuntimeError: INTERNAL: no such thing"
+    what = "step cannot be compiled: JaxRuntimeError: INTERNAL: no such thing"
     refuse(replay.LogError, what, run.state, 3)
     assert bits(run.state(8)) == honest.states[8], "a stored state needs no program"
 
@@ -325,8 +327,8 @@ def test_nothing_is_ever_unpickled(honest, tmp_path, monkeypatch):
 def test_a_planted_pickle_stays_what_it_is(honest, tmp_path):
     marker = tmp_path / "marker"
     pickled = pickle.dumps(Payload(str(marker)))
-    path = honest.forge(tmp_path / "program", gradient=pickled)
-    refuse(replay.LogError, "program/gradient is not a readable", replay.open(path).state, 3)
+    path = honest.forge(tmp_path / "program", step=pickled)
+    refuse(replay.LogError, "program/step is not a readable", replay.open(path).state, 3)
     for number, data in enumerate([pickled, frame(pickled), frame(msgpack.ExtType(5, pickled))]):
         path = honest.forge(tmp_path / str(number))
         (path / HEADER).write_bytes(data)
@@ -459,7 +461,7 @@ def test_the_name_of_a_tensor_is_never_a_path(honest, tmp_path, name):
     header = honest.header()
     header["signature"]["state"][0]["path"] = name
     header["arrays"]["states"][0]["attributes"] = {"path": name}
-    header["name"] = header["programs"]["gradient"]["text"] = name
+    header["name"] = header["programs"]["step"]["text"] = name
     path = honest.forge(tmp_path / "a" / "b" / "run", header)
     everything = sorted(tmp_path.rglob("*"))
     run = replay.open(path)
@@ -489,7 +491,7 @@ def test_the_name_of_a_tensor_is_never_a_path(honest, tmp_path, name):
         "STATES/0",
         "states/1",
         "steps/witness",
-        "program/gradient",
+        "program/step",
         "data/0",
         "states/\u0660",
         b"states/0",
@@ -507,7 +509,7 @@ def test_an_array_lies_where_its_number_says_or_nowhere(honest, tmp_path, name):
 
 
 def test_a_file_that_is_a_device_a_pipe_or_a_folder_is_not_read(honest, tmp_path):
-    for number, name in enumerate([HEADER, JOURNAL, "program/gradient"]):
+    for number, name in enumerate([HEADER, JOURNAL, "program/step"]):
         path = honest.forge(tmp_path / str(number))
         for kind in ("device", "pipe", "folder", "dangling"):
             (path / name).rmdir() if (path / name).is_dir() else (path / name).unlink()
@@ -736,7 +738,7 @@ def test_a_frame_that_claims_to_be_huge_is_not_waited_for(honest, tmp_path, leng
     assert run.log.durable.end == len(honest.files[JOURNAL]), "it is a torn tail"
 
 
-@pytest.mark.parametrize("name", [HEADER, JOURNAL, "program/gradient"])
+@pytest.mark.parametrize("name", [HEADER, JOURNAL, "program/step"])
 def test_a_file_that_is_huge_is_not_read(honest, tmp_path, name):
     path = honest.forge(tmp_path)
     with open(path / name, "r+b") as file:

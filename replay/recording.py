@@ -128,7 +128,10 @@ class Recording:
     def _commit(self, *, checkpoint: bool, closed: bool = False) -> None:
         if checkpoint:
             self.writer.wait_for_checkpoint()
+        # The fingerprint of a copy, where there is one: the next step, which writes over the state,
+        # waits for whoever still reads it.
         leaves = self.engine.fetch(self.state) if checkpoint else None
+        digest = self.engine.fingerprint(self.state if leaves is None else leaves)
         drop = ()
         if checkpoint:
             drop = self._schedule.give_up(self.step)
@@ -138,7 +141,7 @@ class Recording:
         self.writer.submit(
             Commit(
                 state=self.step,
-                digest=self.engine.fingerprint(self.state),
+                digest=digest,
                 results=self._results,
                 columns=self._columns,
                 metrics=self._metrics,

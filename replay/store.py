@@ -8,6 +8,7 @@ written for xarray and zarr-python.
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import math
 import operator
@@ -119,15 +120,22 @@ class ArraySpec:
 
 
 def rows(name: str, row: Sequence[int], count: int, dtype: str, dims: Sequence[str]) -> ArraySpec:
-    """Lay out an array of `count` equal rows, one file a row, read in pieces of about 4 MiB."""
-    inner = list(row)
+    """Lay out an array of `count` equal rows, in files of about 8 MiB and pieces of about 4.
+
+    A file is encoded as a whole, in memory that the training would rather have.
+    """
     width = np.dtype(_STORED_AS.get(dtype, dtype)).itemsize
-    for axis in range(len(inner)):
-        while inner[axis] % 2 == 0 and math.prod(inner) * width > 2**22:
-            inner[axis] //= 2
-    shape = (count, *row)
-    chunk = (1, *(max(n, 1) for n in row))
-    return ArraySpec(name, shape, chunk, dtype, tuple(dims), (1, *(max(n, 1) for n in inner)))
+
+    def halved(row: Sequence[int], limit: int) -> tuple[int, ...]:
+        sizes = [max(n, 1) for n in row]
+        for axis in range(len(sizes)):
+            while sizes[axis] % 2 == 0 and math.prod(sizes) * width > limit:
+                sizes[axis] //= 2
+        return tuple(sizes)
+
+    file = halved(row, 2**23)
+    chunk, inner = (1, *file), (1, *halved(file, 2**22))
+    return ArraySpec(name, (count, *row), chunk, dtype, tuple(dims), inner)
 
 
 class Place:
@@ -333,7 +341,7 @@ class StoredArray:
         return values.view(self.spec.dtype) if self.spec.dtype in _STORED_AS else values
 
     def write(self, start: int, values: np.ndarray) -> None:
-        """Write rows from `start` on, and wait until they are durable.
+        """Write rows from `start` on, one file after the other, and wait until they are durable.
 
         The rows cover whole chunks: nothing is read back in order to write.
 
@@ -342,10 +350,14 @@ class StoredArray:
         """
         if self.spec.dtype in _STORED_AS:
             values = np.asarray(values).view(_STORED_AS[self.spec.dtype])
+        rows = self._array[start : start + len(values)].translate_to[0]
+        cuts = [
+            [slice(a, min(a + size, length)) for a in range(0, length, size)]
+            for length, size in zip(values.shape[1:], self.spec.chunk[1:], strict=True)
+        ]
         try:
-            self._array[start : start + len(values)].write(
-                values, can_reference_source_data_indefinitely=True
-            ).result()
+            for part in itertools.product([slice(0, len(values))], *cuts):
+                rows[part].write(values[part], can_reference_source_data_indefinitely=True).result()
         except ValueError as error:
             raise OSError(f"{self.spec.name}: {_short(error)}") from error
 

@@ -5,6 +5,8 @@ compressing and syncing happen in one thread, in order, and the journal's record
 """
 
 import collections
+import contextlib
+import ctypes
 import dataclasses
 import queue
 import threading
@@ -143,6 +145,7 @@ class LogWriter:
             finally:
                 if isinstance(job, Commit) and job.leaves is not None:
                     job.leaves = None
+                    _trim_heap()
                     self._free.release()
 
     def _write(self, commit: Commit) -> None:
@@ -224,6 +227,12 @@ class LogWriter:
             + ("; the training itself goes on" if self._on_error == "warn" else ""),
             fix="make room (or repair the disk), then continue the run with resume=True",
         )
+
+
+def _trim_heap() -> None:
+    """Give the system what tracing, compiling or encoding have freed, where the C library can."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Chunk:

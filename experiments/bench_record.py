@@ -109,11 +109,11 @@ CASES = {
         limits=(("block", "jit", 0.9), ("block", "scan", 1.15)),
     ),
     "2 ms": Case(
-        "mlp", (512, 128), 128, 28, interval=250, block=100, rounds=50,
+        "mlp", (512, 128), 128, 28, interval=500, block=100, rounds=50,
         limits=(("step", "jit", 1.10),),
     ),
     "10 ms": Case(
-        "cnn", (8, 16), 64, 28, interval=250, block=25, rounds=60, limits=(("step", "jit", 1.02),)
+        "cnn", (8, 16), 64, 28, interval=250, block=25, rounds=100, limits=(("step", "jit", 1.02),)
     ),
     "100 ms": Case(
         "transformer", (128, 128), 48, 28, interval=250, block=10, rounds=50,
@@ -135,7 +135,7 @@ class Settings:
     stall_steps: int = 20
     stall_cases: tuple[Case, ...] = (
         Case("mlp", (512, 128), 128, 28, 20, 20, rounds=40, loops=("step", "orbax")),
-        Case("mlp", (4096, 2048), 64, 28, 20, 20, rounds=10, loops=("step", "orbax")),
+        Case("mlp", (4096, 2048), 64, 28, 20, 20, rounds=24, loops=("step", "orbax")),
     )
     stall_limit_ms: float = 2.0
 

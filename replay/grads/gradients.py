@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from replay.grads.taps import Factor, Meeting, Outer, Rows, Whole
+from replay.grads.taps import Factor, Meeting, Outer, Rows, Whole, move
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +83,11 @@ def value_of(meeting: Meeting, factor: Factor) -> Any:
     if isinstance(factor, Outer):
         dtype = jnp.promote_types(factor.left.dtype, jnp.float32)
         left, right = factor.left.astype(dtype), factor.right.astype(dtype)
-        return meeting.to_value(jnp.einsum("bti,btj->bij", left, right))
+        return move(jnp.einsum("bti,btj->bij", left, right), meeting.moves)
     if isinstance(factor, Rows):
         right = factor.right.astype(jnp.promote_types(factor.right.dtype, jnp.float32))
         table = jnp.zeros((meeting.shape[0], right.shape[1]), right.dtype)
-        return meeting.to_value(table.at[factor.index].add(right, mode="drop"))
+        return move(table.at[factor.index].add(right, mode="drop"), meeting.moves)
     return factor.value
 
 
@@ -273,7 +273,7 @@ class Gradients:
         return self.fold(insert, empty)
 
     def _per_weight(self, equation: str, left: Any, right: Any) -> Any:
-        return self.pick(self._meetings[0].to_value(jnp.einsum(equation, left, right)))
+        return self.pick(move(jnp.einsum(equation, left, right), self._meetings[0].moves))
 
     def _zeros(self) -> Any:
         return jnp.zeros(self.tensor.struct.shape, self.dtype)
@@ -284,7 +284,7 @@ def _dots(meeting: Meeting, factor: Factor, direction: Any, dtype: Any) -> Any:
     if isinstance(factor, Outer):
         left, right = factor.left.astype(dtype), factor.right.astype(dtype)
         blank = jax.ShapeDtypeStruct((left.shape[1], left.shape[3], right.shape[3]), dtype)
-        (back,) = jax.linear_transpose(meeting.to_value, blank)(direction)
+        (back,) = jax.linear_transpose(lambda x: move(x, meeting.moves), blank)(direction)
         return jnp.einsum("nbti,bij,nbtj->n", left, back, right)
     if isinstance(factor, Rows):
         index, right = factor

@@ -49,6 +49,17 @@ class Whole(NamedTuple):
 
 Factor = Outer | Rows | Whole
 
+# How `[b, i, j]` of an `Outer`, or the table of `Rows`, becomes the value: ("reshape", sizes) and
+# ("transpose", axes), one after the other.
+Moves = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def move(array: Any, moves: Moves) -> Any:
+    """Apply moves to an array."""
+    for name, numbers in moves:
+        array = getattr(array, name)(numbers)
+    return array
+
 
 @dataclasses.dataclass(frozen=True)
 class Meeting:
@@ -63,7 +74,7 @@ class Meeting:
         shape: of the value.
         factor: `factor(parameters, operands, cotangents) -> Factor`, of one sample, at one time
             of each scan.
-        to_value: turns `[b, i, j]` of an `Outer`, or the table of `Rows`, into the value's shape.
+        moves: turn `[b, i, j]` of an `Outer`, or the table of `Rows`, into the value's shape.
         times: lengths of the scans around it, outermost first.
         operands: which of all kept arrays are its data operands.
         cotangents: which of all perturbations are its own.
@@ -75,7 +86,7 @@ class Meeting:
     source: np.ndarray | None
     shape: tuple[int, ...]
     factor: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Factor]
-    to_value: Callable[[Any], Any]
+    moves: Moves
     times: tuple[int, ...]
     operands: tuple[int, ...]
     cotangents: tuple[int, ...]
@@ -188,7 +199,7 @@ class _Tapper:
         kept = tuple(self._keep(_plain(value)) for value in operands)
         for number, value in enumerate(values):
             if isinstance(value, _Weight) and jnp.issubdtype(value.value.dtype, jnp.inexact):
-                factor, to_value = _rule(equation, values, number)
+                factor, moves = _rule(equation, values, number)
                 self.meetings.append(
                     Meeting(
                         operation=equation.primitive.name,
@@ -197,7 +208,7 @@ class _Tapper:
                         source=value.source,
                         shape=jnp.shape(value.value),
                         factor=factor,
-                        to_value=to_value,
+                        moves=moves,
                         times=(),
                         operands=kept,
                         cotangents=tuple(places),
@@ -216,7 +227,7 @@ class _Tapper:
                 source=out.source,
                 shape=(),
                 factor=lambda parameters, operands, cotangents: Whole(cotangents[0]),
-                to_value=lambda value: value,
+                moves=(),
                 times=(),
                 operands=(),
                 cotangents=(place,),
@@ -326,7 +337,7 @@ def _combine(equation: core.JaxprEqn, values: list[Any]) -> list[Any]:
 
 
 def _rule(equation: core.JaxprEqn, values: list[Any], number: int):
-    """Return `(factor, to_value)` for the parameter that is operand `number` of an equation."""
+    """Return `(factor, moves)` for the parameter that is operand `number` of an equation."""
     name, settings = equation.primitive.name, equation.params
     others = [i for i in range(len(values)) if i != number]
     alone = not any(isinstance(values[i], _Weight) for i in others)
@@ -353,7 +364,7 @@ def _rule(equation: core.JaxprEqn, values: list[Any], number: int):
         _, pull = jax.vjp(through, given[number])
         return Whole(pull(list(cotangents))[0])
 
-    return factor, lambda value: value
+    return factor, ()
 
 
 def _dot(numbers, shapes, number):
@@ -366,7 +377,7 @@ def _dot(numbers, shapes, number):
     free_w = tuple(i for i in range(weight_rank) if i not in c_w + b_w)
     free_d = tuple(i for i in range(data_rank) if i not in c_d + b_d)
     order = (*b_w, *c_w, *free_w)
-    sizes = [shapes[number][i] for i in order]
+    sizes = tuple(shapes[number][i] for i in order)
     b = math.prod(shapes[number][i] for i in b_w)
     i = math.prod(shapes[number][k] for k in c_w)
     j = math.prod(shapes[number][k] for k in free_w)
@@ -379,17 +390,14 @@ def _dot(numbers, shapes, number):
             right = right.reshape(b, j, t).transpose(0, 2, 1)
         return Outer(left, right.reshape(b, t, j))
 
-    def to_value(product):
-        return product.reshape(sizes).transpose(np.argsort(order))
-
-    return factor, to_value
+    return factor, (("reshape", sizes), ("transpose", _inverse(order)))
 
 
 def _convolution(settings, shapes):
     """The rule of a convolution: a matrix product with the patches of its input."""
     numbers, groups = settings["dimension_numbers"], settings["feature_group_count"]
-    kernel = [shapes[1][axis] for axis in numbers.rhs_spec]  # out, in, spatial
-    window = tuple(kernel[2:])
+    kernel = tuple(shapes[1][axis] for axis in numbers.rhs_spec)  # out, in, spatial
+    window = kernel[2:]
     outs, ins = kernel[0] // groups, kernel[1]
     spatial = range(2, 2 + len(window))
 
@@ -408,12 +416,10 @@ def _convolution(settings, shapes):
         right = right.transpose(1, 0, *spatial).reshape(groups, outs, -1)
         return Outer(left.transpose(0, 2, 1), right.transpose(0, 2, 1))
 
-    def to_value(product):  # [group, in * window, out]
-        split = product.reshape(groups, ins, *window, outs)
-        canonical = jnp.moveaxis(split, -1, 1).reshape(kernel)
-        return canonical.transpose(np.argsort(numbers.rhs_spec))
-
-    return factor, to_value
+    split = (groups, ins, *window, outs)  # of [group, in * window, out]
+    outs_first = (0, len(split) - 1, *range(1, len(split) - 1))
+    moves = (("reshape", split), ("transpose", outs_first), ("reshape", kernel))
+    return factor, (*moves, ("transpose", _inverse(numbers.rhs_spec)))
 
 
 def _embedding(settings, shapes):
@@ -442,7 +448,11 @@ def _embedding(settings, shapes):
         right = cotangents[0].transpose(*front, *offsets)
         return Rows(index, right.reshape(index.shape[0], -1))
 
-    return factor, lambda value: value.reshape(table)
+    return factor, (("reshape", table),)
+
+
+def _inverse(axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.argsort(axes))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from replay.errors import (
     ProgramError,
     ReplayError,
 )
+from replay.grads import reductions
 from replay.grads.per_sample import per_sample
 from replay.order import Order
 from replay.program import Inputs, Program, State
@@ -42,4 +43,5 @@ __all__ = [
     "open",
     "per_sample",
     "record",
+    "reductions",
 ]

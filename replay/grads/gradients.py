@@ -1,9 +1,8 @@
-"""The per-sample gradients of one parameter tensor, held as factors, and what is asked of them.
+"""The per-sample gradients of one tensor over some samples, and what is asked of them.
 
-Each tensor takes one of four paths, shown by `explain`: `rule` (the factors of one meeting, each
-element of the tensor once), `direct` (gradients no larger than what they are made of), `factors`
-(materialised one sample at a time from the factors, because uses overlap or are combined) and
-`zero` (the loss does not depend on it).
+Gradients come in three forms: `Factored` (the factors of one meeting, each element of the tensor
+once), `Combined` (factors that are multiplied out one sample at a time, because uses overlap or
+are combined) and `Materialised`. `plan` chooses one for every tensor; `explain` shows it.
 """
 
 import dataclasses
@@ -16,7 +15,48 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from replay.grads.taps import Factor, Meeting, Outer, Rows, Whole, move
+from replay.grads.taps import Factor, Meeting, Moves, Outer, Rows, Whole, move
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What is known of a tensor's gradients before there are any; equal forms share executables.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: of the tensor.
+        way: `rule` (factors of one meeting), `direct` (materialised, no larger than what it is
+            made of), `factors` (multiplied out one sample at a time), `zero` (the loss does not
+            depend on it), or `whole` (materialised, because the strategy says so).
+        kind: for `rule`, the class of the factor: `Outer` or `Rows`.
+        value: for `rule`, the shape of the value that meets the data.
+        moves: for `rule`, how a multiplied-out factor becomes that value.
+        places: for `rule`, little-endian `int32`: where each element of the tensor stands in the
+            value, -1 for nowhere; None where the value is the tensor, reshaped.
+        alone: whether no other tensor is part of that value.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    way: str
+    kind: str = ""
+    value: tuple[int, ...] = ()
+    moves: Moves = ()
+    places: bytes | None = None
+    alone: bool = True
+
+    @property
+    def wide(self) -> Any:
+        """The dtype of results: that of the tensor, or float32 where that is narrower."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    def pick(self, per_value: Any) -> Any:
+        """Turn a result for each element of the meeting's value into one for the tensor's."""
+        flat = per_value.reshape(-1)
+        if self.places is None:
+            return flat.reshape(self.shape)
+        places = np.frombuffer(self.places, "<i4")
+        return jnp.where(places < 0, 0, flat[np.maximum(places, 0)]).reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,23 +64,16 @@ class Tensor:
     """One parameter tensor and the way its per-sample gradients are had.
 
     Attributes:
-        number: of its leaf.
         path: name of the tensor.
-        struct: shape and dtype.
+        form: what is known of its gradients.
         meetings: numbers of the meetings that it takes part in.
-        way: `rule`, `direct`, `factors` or `zero`.
-        reason: why it is not `rule`; empty where it is.
-        place: for `rule`, where each element stands in the meeting's value, -1 for nowhere; None
-            where the value is the tensor, reshaped.
+        reason: why the way is not `rule`; empty where it is.
     """
 
-    number: int
     path: str
-    struct: jax.ShapeDtypeStruct
-    meetings: tuple[int, ...]
-    way: str
-    reason: str
-    place: np.ndarray | None = None
+    form: Form
+    meetings: tuple[int, ...] = ()
+    reason: str = ""
 
 
 def plan(
@@ -50,13 +83,14 @@ def plan(
     offsets = np.cumsum([0] + [math.prod(x.shape) for x in structs])
     tensors = []
     for number, (struct, path) in enumerate(zip(structs, paths, strict=True)):
-        mine = [i for i, meeting in enumerate(meetings) if number in meeting.leaves]
-        way, reason = "factors", ""
-        place: np.ndarray | None = None
+        mine = tuple(i for i, meeting in enumerate(meetings) if number in meeting.leaves)
+        form = Form(tuple(struct.shape), str(struct.dtype), "factors")
+        reason = ""
         if not mine:
-            way, reason = "zero", "the loss does not depend on it"
+            form, reason = _way(form, "zero"), "the loss does not depend on it"
         elif all(kinds[i] is Whole for i in mine):
-            way, reason = "direct", "its gradients are no larger than what they are made of"
+            form = _way(form, "direct")
+            reason = "its gradients are no larger than what they are made of"
         elif len(mine) > 1:
             used = ", ".join(sorted({meetings[i].operation for i in mine}))
             reason = f"it is used {len(mine)} times ({used})"
@@ -69,222 +103,324 @@ def plan(
             if len(np.unique(elements)) < len(elements):
                 reason = "its elements are repeated before they meet the data"
             else:
-                way = "rule"
-                place = np.full(math.prod(struct.shape), -1, np.int32)
-                place[elements] = inside
-                if np.array_equal(place, np.arange(flat.size)):
-                    place = None
-        tensors.append(Tensor(number, path, struct, tuple(mine), way, reason, place))
+                places = np.full(math.prod(struct.shape), -1, "<i4")
+                places[elements] = inside
+                same = np.array_equal(places, np.arange(flat.size))
+                form = dataclasses.replace(
+                    form,
+                    way="rule",
+                    kind=kinds[mine[0]].__name__,
+                    value=tuple(meetings[mine[0]].shape),
+                    moves=meetings[mine[0]].moves,
+                    places=None if same else places.tobytes(),
+                    alone=len(meetings[mine[0]].leaves) == 1,
+                )
+        tensors.append(Tensor(path, form, mine, reason))
     return tuple(tensors)
 
 
-def value_of(meeting: Meeting, factor: Factor) -> Any:
-    """Return the gradient of one sample with respect to a meeting's value, in float32 or wider."""
-    if isinstance(factor, Outer):
-        dtype = jnp.promote_types(factor.left.dtype, jnp.float32)
-        left, right = factor.left.astype(dtype), factor.right.astype(dtype)
-        return move(jnp.einsum("bti,btj->bij", left, right), meeting.moves)
-    if isinstance(factor, Rows):
-        right = factor.right.astype(jnp.promote_types(factor.right.dtype, jnp.float32))
-        table = jnp.zeros((meeting.shape[0], right.shape[1]), right.dtype)
-        return move(table.at[factor.index].add(right, mode="drop"), meeting.moves)
-    return factor.value
+def _way(form: Form, way: str) -> Form:
+    return dataclasses.replace(form, way=way)
 
 
 class Gradients:
-    """The per-sample gradients of one tensor over a batch.
+    """The gradients of one tensor over `size` samples; everything is built on `one`.
+
+    Attributes:
+        form: what is known of them.
+        size: the number of samples.
+        layout: shape in which running results are kept; `settle` turns it into the tensor's.
+    """
+
+    def __init__(self, form: Form, size: int):
+        self.form, self.size = form, size
+        self.layout = form.shape
+
+    def samples(self) -> Any:
+        """Return what `one` takes, with a leading axis of samples."""
+        raise NotImplementedError
+
+    def one(self, sample: Any) -> Any:
+        """Return the gradient of one sample, in the tensor's shape."""
+        raise NotImplementedError
+
+    def laid_out(self, sample: Any) -> Any:
+        """Return the gradient of one sample, in the layout."""
+        return self.one(sample)
+
+    def materialised(self) -> Any:
+        """Return all gradients, `[samples, *shape]`."""
+        return jax.vmap(self.one)(self.samples())
+
+    def fold(self, update: Callable[..., Any], state: Any, *along: Any) -> Any:
+        """Fold `update(state, gradient in the layout, *along)` over the samples, one at a time."""
+
+        def step(state, sample):
+            parts, rest = sample
+            return update(state, self.laid_out(parts), *rest), None
+
+        if self.size == 1:
+            first = jax.tree.map(lambda x: x[0], (self.samples(), along))
+            return step(state, first)[0]
+        return lax.scan(step, state, (self.samples(), along))[0]
+
+    def map(self, function: Callable[[Any], Any]) -> Any:
+        """Apply a function to the gradient of every sample, one at a time."""
+        return lax.map(lambda sample: function(self.one(sample)), self.samples())
+
+    def square_norms(self) -> Any:
+        """Return the squared norm of each sample's gradient, `[samples]`."""
+        return self.map(lambda gradient: jnp.square(gradient).sum())
+
+    def dots(self, direction: Any) -> Any:
+        """Return the dot product of each sample's gradient with a direction, `[samples]`."""
+        direction = direction.astype(self.form.wide)
+        return self.map(lambda gradient: jnp.vdot(gradient, direction))
+
+    def gram(self, other: "Gradients") -> Any:
+        """Return all dot products with the gradients of other samples, `[samples, others]`."""
+        return other.map(self.dots).T
+
+    def total(self, function: Callable[[Any], Any]) -> Any:
+        """Return the sum over samples of a function of each element, in the layout.
+
+        The function is multiplicative, f(xy) = f(x) f(y), as the identity, |x| and x² are.
+        """
+        blank = jnp.zeros(self.layout, self.form.wide)
+        return self.fold(lambda total, gradient: total + function(gradient), blank)
+
+    def largest(self, function: Callable[[Any], Any]) -> Any:
+        """Return the largest value over samples of a function of each element, in the layout."""
+        blank = jnp.full(self.layout, -jnp.inf, self.form.wide)
+        return self.fold(lambda best, gradient: jnp.maximum(best, function(gradient)), blank)
+
+
+def settle(form: Form, layout: tuple[int, ...], result: Any) -> Any:
+    """Turn a running result `[..., *layout]` into the shape of the tensor, `[..., *shape]`."""
+    if layout == form.shape:
+        return result
+    leading = result.ndim - len(layout)
+    function = lambda x: form.pick(move(x, form.moves))  # noqa: E731
+    for _ in range(leading):
+        function = jax.vmap(function)
+    return function(result)
+
+
+class Nothing(Gradients):
+    """Of a tensor that the loss does not depend on."""
+
+    def samples(self) -> Any:
+        """Return numbers, which stand for nothing."""
+        return jnp.arange(self.size)
+
+    def one(self, sample: Any) -> Any:
+        """Return zeros."""
+        return jnp.zeros(self.form.shape, self.form.wide)
+
+
+class Materialised(Gradients):
+    """Gradients as they are.
 
     Args:
-        tensor: its plan.
-        meetings: all meetings of the loss.
-        factors: their factors, with a leading batch axis.
+        form: of the tensor.
+        rows: `[samples, *shape]`.
+    """
+
+    def __init__(self, form: Form, rows: Any):
+        super().__init__(form, rows.shape[0])
+        self._rows = rows.astype(form.wide)
+
+    def samples(self) -> Any:
+        """Return the rows."""
+        return self._rows
+
+    def one(self, sample: Any) -> Any:
+        """Return a row."""
+        return sample
+
+    def square_norms(self) -> Any:
+        """Return the squared norm of each sample's gradient, `[samples]`."""
+        return jnp.square(self._rows).reshape(self.size, -1).sum(axis=1)
+
+    def dots(self, direction: Any) -> Any:
+        """Return the dot product of each sample's gradient with a direction, `[samples]`."""
+        return self._rows.reshape(self.size, -1) @ direction.astype(self.form.wide).reshape(-1)
+
+    def gram(self, other: Gradients) -> Any:
+        """Return all dot products with the gradients of other samples, `[samples, others]`."""
+        if isinstance(other, Materialised):
+            return self._rows.reshape(self.size, -1) @ other._rows.reshape(other.size, -1).T
+        return super().gram(other)
+
+    def total(self, function: Callable[[Any], Any]) -> Any:
+        """Return the sum over samples of a function of each element."""
+        return function(self._rows).sum(axis=0)
+
+    def largest(self, function: Callable[[Any], Any]) -> Any:
+        """Return the largest value over samples of a function of each element."""
+        return function(self._rows).max(axis=0)
+
+
+class Factored(Gradients):
+    """Gradients as the factors of the one meeting that every element takes part in once.
+
+    Args:
+        form: of the tensor, its way `rule`.
+        factor: `Outer` or `Rows`, with a leading axis of samples.
+    """
+
+    def __init__(self, form: Form, factor: Outer | Rows):
+        super().__init__(form, factor.right.shape[0])
+        self.factor = factor
+        self.outer: Outer | None = None
+        if isinstance(factor, Outer):
+            left, right = factor.left.astype(form.wide), factor.right.astype(form.wide)
+            self.factor = self.outer = Outer(left, right)
+            if form.places is None:
+                self.layout = (left.shape[1], left.shape[3], right.shape[3])
+
+    @property
+    def rank_one(self) -> bool:
+        """Whether the gradient of each sample is an outer product of two vectors."""
+        return self.outer is not None and self.outer.left.shape[2] == 1
+
+    def samples(self) -> Any:
+        """Return the factors."""
+        return self.factor
+
+    def one(self, sample: Any) -> Any:
+        """Multiply out the factors of one sample."""
+        return self.form.pick(multiplied(self.form, sample))
+
+    def laid_out(self, sample: Any) -> Any:
+        """Return the gradient of one sample, in the layout."""
+        if self.layout == self.form.shape or not isinstance(sample, Outer):
+            return self.one(sample)
+        return _product(sample)
+
+    def square_norms(self) -> Any:
+        """Return the squared norm of each sample's gradient, `[samples]`."""
+        if not self.form.alone:
+            return super().square_norms()
+        if self.outer is None:
+            index, right = self.factor
+            inside = (index >= 0) & (index < self.form.value[0])
+            same = (index[:, :, None] == index[:, None, :]) & inside[:, :, None]
+            products = jnp.einsum("nti,nsi->nts", right, right).astype(self.form.wide)
+            return jnp.where(same, products, 0).sum(axis=(1, 2))
+        left, right = self.outer
+        times, i, j = left.shape[2], left.shape[3], right.shape[3]
+        if times == 1:
+            return jnp.einsum("nbti,nbtj->n", jnp.square(left), jnp.square(right))
+        if times * (i + j) < i * j:
+            return jnp.einsum(
+                "nbts,nbts->n",
+                jnp.einsum("nbti,nbsi->nbts", left, left),
+                jnp.einsum("nbti,nbsi->nbts", right, right),
+            )
+        return super().square_norms()
+
+    def dots(self, direction: Any) -> Any:
+        """Return the dot product of each sample's gradient with a direction, `[samples]`."""
+        if self.form.places is not None:
+            return super().dots(direction)
+        direction = direction.astype(self.form.wide).reshape(self.form.value)
+        return dots_of(self.form.moves, self.factor, direction)
+
+    def gram(self, other: Gradients) -> Any:
+        """Return all dot products with the gradients of other samples, `[samples, others]`."""
+        if isinstance(other, Factored) and self.form.alone and self.rank_one and other.rank_one:
+            mine, theirs = self.outer, other.outer
+            lefts = jnp.einsum("nbti,mbti->nmb", mine.left, theirs.left)
+            rights = jnp.einsum("nbti,mbti->nmb", mine.right, theirs.right)
+            return jnp.einsum("nmb,nmb->nm", lefts, rights)
+        return super().gram(other)
+
+    def total(self, function: Callable[[Any], Any]) -> Any:
+        """Return the sum over samples of a function of each element, in the layout."""
+        if not self.rank_one or self.layout == self.form.shape:
+            return super().total(function)
+        return jnp.einsum("nbti,nbtj->bij", function(self.outer.left), function(self.outer.right))
+
+
+class Combined(Gradients):
+    """Gradients multiplied out one sample at a time from the factors of several meetings.
+
+    Args:
+        form: of the tensor.
+        number: of its leaf.
+        meetings: those that it takes part in.
+        factors: theirs, with a leading axis of samples.
         parameters: all parameter leaves.
-        size: the number of samples.
     """
 
     def __init__(
         self,
-        tensor: Tensor,
+        form: Form,
+        number: int,
         meetings: Sequence[Meeting],
         factors: Sequence[Factor],
         parameters: Sequence[Any],
-        size: int,
     ):
-        self.tensor, self.size = tensor, size
-        self._meetings = [meetings[i] for i in tensor.meetings]
-        self._factors = [factors[i] for i in tensor.meetings]
-        self._parameters = parameters
-        self.dtype = jnp.promote_types(tensor.struct.dtype, jnp.float32)
+        super().__init__(form, jax.tree.leaves(factors)[0].shape[0])
+        self._number, self._meetings = number, meetings
+        self._factors, self._parameters = list(factors), parameters
 
-    def pick(self, per_value: Any) -> Any:
-        """Turn a result for each element of the meeting's value into one for the tensor's."""
-        shape, place = self.tensor.struct.shape, self.tensor.place
-        flat = per_value.reshape(-1)
-        if place is None:
-            return flat.reshape(shape)
-        return jnp.where(place < 0, 0, flat[np.maximum(place, 0)]).reshape(shape)
+    def samples(self) -> Any:
+        """Return the factors."""
+        return self._factors
 
-    def one(self, factors: Sequence[Factor]) -> Any:
-        """Return the gradient of one sample from its factors."""
-        if self.tensor.way == "rule":
-            return self.pick(value_of(self._meetings[0], factors[0]))
-        total = jnp.zeros(self.tensor.struct.shape, self.dtype)
-        for meeting, factor in zip(self._meetings, factors, strict=True):
-            total += self._pull(meeting, value_of(meeting, factor))
+    def one(self, sample: Any) -> Any:
+        """Multiply out each meeting's factors, and apply the chain rule to what meets."""
+        total = jnp.zeros(self.form.shape, self.form.wide)
+        for meeting, factor in zip(self._meetings, sample, strict=True):
+            value, pull = jax.vjp(self._make(meeting), self._parameters[self._number])
+            form = Form((), "float32", "", value=tuple(meeting.shape), moves=meeting.moves)
+            total += pull(multiplied(form, factor).astype(value.dtype))[0].astype(self.form.wide)
         return total
-
-    def _pull(self, meeting: Meeting, cotangent: Any) -> Any:
-        """Apply the chain rule from a value made of parameters to this tensor."""
-        number = self.tensor.number
-
-        def make(leaf):
-            leaves = list(self._parameters)
-            leaves[number] = leaf
-            return meeting.make(leaves)
-
-        value, pull = jax.vjp(make, self._parameters[number])
-        return pull(cotangent.astype(value.dtype))[0].astype(self.dtype)
-
-    def materialised(self) -> Any:
-        """Return all gradients, `[batch, *shape]`."""
-        if self.tensor.way == "zero":
-            return jnp.zeros((self.size, *self.tensor.struct.shape), self.dtype)
-        return jax.vmap(self.one)(self._factors)
-
-    def fold(self, update: Callable[[Any, Any, Any], Any], state: Any) -> Any:
-        """Fold `update(state, gradient, position)` over the samples, one gradient at a time."""
-
-        def step(state, sample):
-            factors, position = sample
-            return update(state, self.one(factors), position), None
-
-        positions = jnp.arange(self.size, dtype=jnp.int32)
-        if self.tensor.way == "zero":
-            zero = jnp.zeros(self.tensor.struct.shape, self.dtype)
-            return lax.scan(lambda s, i: (update(s, zero, i), None), state, positions)[0]
-        return lax.scan(step, state, (self._factors, positions))[0]
-
-    def map(self, function: Callable[[Any], Any]) -> Any:
-        """Apply a function to the gradient of every sample, one at a time."""
-        if self.tensor.way == "zero":
-            zero = jnp.zeros(self.tensor.struct.shape, self.dtype)
-            return jax.vmap(lambda _: function(zero))(jnp.arange(self.size))
-        return lax.map(lambda factors: function(self.one(factors)), self._factors)
-
-    def _outer(self) -> Outer | None:
-        """Return the factors `[n, b, t, i]` and `[n, b, t, j]`, where a rule may use them."""
-        if self.tensor.way != "rule" or not isinstance(self._factors[0], Outer):
-            return None
-        left, right = self._factors[0]
-        return Outer(left.astype(self.dtype), right.astype(self.dtype))
-
-    @property
-    def whole(self) -> bool:
-        """Whether the tensor is the whole of the value that meets the data."""
-        return self.tensor.way == "rule" and len(self._meetings[0].leaves) == 1
-
-    def square_norms(self) -> Any:
-        """Return the squared norm of each sample's gradient, `[batch]`."""
-        if self.tensor.way == "direct":
-            return jnp.square(self.materialised()).reshape(self.size, -1).sum(axis=1)
-        outer = self._outer()
-        if outer is not None and self.whole:
-            left, right = outer
-            times, i, j = left.shape[2], left.shape[3], right.shape[3]
-            if times == 1:
-                return jnp.einsum("nbti,nbtj->n", jnp.square(left), jnp.square(right))
-            if times * (i + j) < i * j:
-                ones = jnp.einsum("nbti,nbsi->nbts", left, left)
-                return jnp.einsum("nbts,nbts->n", ones, jnp.einsum("nbti,nbsi->nbts", right, right))
-        if self.whole and isinstance(self._factors[0], Rows):
-            index, right = self._factors[0]
-            rows = self._meetings[0].shape[0]
-            inside = (index >= 0) & (index < rows)
-            same = (index[:, :, None] == index[:, None, :]) & inside[:, :, None]
-            products = jnp.einsum("nti,nsi->nts", right, right).astype(self.dtype)
-            return jnp.where(same, products, 0).sum(axis=(1, 2))
-        return self.map(lambda gradient: jnp.square(gradient).sum())
 
     def dots(self, direction: Any) -> Any:
-        """Return the dot product of each sample's gradient with a direction, `[batch]`."""
-        direction = direction.astype(self.dtype)
-        total = jnp.zeros(self.size, self.dtype)
-        number = self.tensor.number
+        """Return the dot product of each sample's gradient with a direction, `[samples]`."""
+        total = jnp.zeros(self.size, self.form.wide)
+        leaf = self._parameters[self._number]
         for meeting, factor in zip(self._meetings, self._factors, strict=True):
-
-            def make(leaf, meeting=meeting):
-                leaves = list(self._parameters)
-                leaves[number] = leaf
-                return meeting.make(leaves)
-
-            leaf = self._parameters[number]
-            _, pushed = jax.jvp(make, (leaf,), (direction.astype(leaf.dtype),))
-            dtype = jnp.promote_types(pushed.dtype, self.dtype)
-            total += _dots(meeting, factor, pushed.astype(dtype), dtype).real
+            _, pushed = jax.jvp(self._make(meeting), (leaf,), (direction.astype(leaf.dtype),))
+            dtype = jnp.promote_types(pushed.dtype, self.form.wide)
+            total += dots_of(meeting.moves, factor, pushed.astype(dtype)).real
         return total
 
-    def square_sum(self) -> Any:
-        """Return the sum over samples of each weight's squared gradient."""
-        outer = self._outer()
-        if outer is not None and outer.left.shape[2] == 1:
-            return self._per_weight(
-                "nbti,nbtj->bij", jnp.square(outer.left), jnp.square(outer.right)
-            )
-        if self.tensor.way == "direct":
-            return jnp.square(self.materialised()).sum(axis=0)
-        return self.fold(lambda total, gradient, _: total + jnp.square(gradient), self._zeros())
+    def _make(self, meeting: Meeting) -> Callable[[Any], Any]:
+        def make(leaf):
+            leaves = list(self._parameters)
+            leaves[self._number] = leaf
+            return meeting.make(leaves)
 
-    def abs_sum(self) -> Any:
-        """Return the sum over samples of each weight's |gradient|."""
-        outer = self._outer()
-        if outer is not None and outer.left.shape[2] == 1:
-            return self._per_weight("nbti,nbtj->bij", jnp.abs(outer.left), jnp.abs(outer.right))
-        if self.tensor.way == "direct":
-            return jnp.abs(self.materialised()).sum(axis=0)
-        return self.fold(lambda total, gradient, _: total + jnp.abs(gradient), self._zeros())
-
-    def max(self) -> Any:
-        """Return the largest |gradient| of each weight over the samples."""
-        if self.tensor.way == "direct":
-            return jnp.abs(self.materialised()).max(axis=0)
-        return self.fold(lambda best, g, _: jnp.maximum(best, jnp.abs(g)), self._zeros())
-
-    def top_k(self, k: int) -> tuple[Any, Any]:
-        """Return the `k` largest |gradient| of each weight and whose they are.
-
-        Returns:
-            `[k, *shape]` values in falling order, and `int32[k, *shape]` positions in the batch;
-            of equal values the first sample comes first; -1 and `-inf` where there is none.
-        """
-        shape = (k, *self.tensor.struct.shape)
-
-        def insert(state, gradient, position):
-            values, positions = state
-            new = jnp.broadcast_to(jnp.abs(gradient), shape)
-            rank = jnp.broadcast_to(jnp.sum(values >= new, axis=0), shape)
-            place = lax.broadcasted_iota(rank.dtype, shape, 0)
-            above = jnp.concatenate([values[:1], values[:-1]])
-            whose = jnp.concatenate([positions[:1], positions[:-1]])
-            values = jnp.where(place < rank, values, jnp.where(place == rank, new, above))
-            here = jnp.where(place == rank, position, whose)
-            return values, jnp.where(place < rank, positions, here)
-
-        empty = jnp.full(shape, -jnp.inf, self.dtype), jnp.full(shape, -1, jnp.int32)
-        return self.fold(insert, empty)
-
-    def _per_weight(self, equation: str, left: Any, right: Any) -> Any:
-        return self.pick(move(jnp.einsum(equation, left, right), self._meetings[0].moves))
-
-    def _zeros(self) -> Any:
-        return jnp.zeros(self.tensor.struct.shape, self.dtype)
+        return make
 
 
-def _dots(meeting: Meeting, factor: Factor, direction: Any, dtype: Any) -> Any:
+def _product(outer: Outer) -> Any:
+    dtype = jnp.promote_types(outer.left.dtype, jnp.float32)
+    return jnp.einsum("bti,btj->bij", outer.left.astype(dtype), outer.right.astype(dtype))
+
+
+def multiplied(form: Form, factor: Factor) -> Any:
+    """Return the gradient of one sample with respect to a meeting's value."""
+    if isinstance(factor, Outer):
+        return move(_product(factor), form.moves)
+    if isinstance(factor, Rows):
+        right = factor.right.astype(jnp.promote_types(factor.right.dtype, jnp.float32))
+        table = jnp.zeros((form.value[0], right.shape[1]), right.dtype)
+        return move(table.at[factor.index].add(right, mode="drop"), form.moves)
+    return factor.value
+
+
+def dots_of(moves: Moves, factor: Factor, direction: Any) -> Any:
     """Return the dot products of a meeting's gradients with a direction in its value's space."""
+    dtype = direction.dtype
     if isinstance(factor, Outer):
         left, right = factor.left.astype(dtype), factor.right.astype(dtype)
         blank = jax.ShapeDtypeStruct((left.shape[1], left.shape[3], right.shape[3]), dtype)
-        (back,) = jax.linear_transpose(lambda x: move(x, meeting.moves), blank)(direction)
+        (back,) = jax.linear_transpose(lambda x: move(x, moves), blank)(direction)
         return jnp.einsum("nbti,bij,nbtj->n", left, back, right)
     if isinstance(factor, Rows):
         index, right = factor
@@ -294,14 +430,3 @@ def _dots(meeting: Meeting, factor: Factor, direction: Any, dtype: Any) -> Any:
         return jnp.einsum("nti,nti->n", chosen, right.astype(dtype))
     size = factor.value.shape[0]
     return factor.value.reshape(size, -1).astype(dtype) @ direction.reshape(-1)
-
-
-def grams(one: "Gradients", other: "Gradients") -> Any:
-    """Return all dot products between the gradients of two batches, `[batch, other batch]`."""
-    mine, theirs = one._outer(), other._outer()
-    if one.whole and mine is not None and theirs is not None and mine.left.shape[2] == 1:
-        lefts = jnp.einsum("nbti,mbti->nmb", mine.left, theirs.left)
-        return jnp.einsum(
-            "nmb,nmb->nm", lefts, jnp.einsum("nbti,mbti->nmb", mine.right, theirs.right)
-        )
-    return other.map(one.dots).T

@@ -7,8 +7,8 @@ of the parameter depends on. For a dense layer this is the outer product of Good
 arXiv:1510.01799); in a scan both factors gain the time axis. What is made of parameters alone is
 kept apart from the data, so that its own chain rule can be applied afterwards.
 
-Known to be imperfect: what is under `jax.checkpoint` is stored, not recomputed; a scan that walks
-along a parameter or carries one, and what is inside `cond`, is one meeting as a whole.
+Known to be imperfect: what is under `jax.checkpoint` is stored, not recomputed; `while` and what
+has its own derivative rule (`custom_jvp`, `custom_vjp`) is one meeting as a whole.
 """
 
 import dataclasses
@@ -62,70 +62,117 @@ def move(array: Any, moves: Moves) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class Weight:
+    """A value made of parameters alone, and of the time where a scan walks along it.
+
+    Attributes:
+        value: while the loss is interpreted, at one time of each scan.
+        leaves: numbers of the parameter leaves that its gradient reaches.
+        make: the value as a function of all parameter leaves, for all times.
+        source: for each element of what `make` returns the number of the parameter element that
+            it is, counted over all leaves one after the other, -1 for a constant; None where it
+            is something else.
+        along: depths of the scans that walk along it, outermost first: the leading axes of what
+            `make` returns.
+        known: what `make` returns, where no parameter has a say.
+    """
+
+    value: Any
+    leaves: frozenset[int]
+    make: Callable[..., Any]
+    source: np.ndarray | None
+    along: tuple[int, ...] = ()
+    known: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Meeting:
     """One place where a value made of parameters meets data.
 
     Attributes:
         operation: name of the primitive.
-        leaves: numbers of the parameter leaves that the value is made of.
-        make: the value, as a function of all parameter leaves.
-        source: for each element of the value the number of the parameter element that it is,
-            counted over all leaves one after the other; None where it is something else.
-        shape: of the value.
-        factor: `factor(parameters, operands, cotangents) -> Factor`, of one sample, at one time
-            of each scan.
-        moves: turn `[b, i, j]` of an `Outer`, or the table of `Rows`, into the value's shape.
-        times: lengths of the scans around it, outermost first.
+        weight: the value.
+        shape: of what `make` returns.
+        factor: `factor(weights, operands, cotangents) -> Factor`, of one sample, at one time of
+            each scan.
+        moves: turn `[b, i, j]` of an `Outer`, or the table of `Rows`, into that shape.
+        weights: the values made of parameters that `factor` needs.
         operands: which of all kept arrays are its data operands.
         cotangents: which of all perturbations are its own.
+        times: lengths of the scans around it, outermost first.
     """
 
     operation: str
-    leaves: frozenset[int]
-    make: Callable[[Sequence[Any]], Any]
-    source: np.ndarray | None
+    weight: Weight
     shape: tuple[int, ...]
     factor: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Factor]
     moves: Moves
-    times: tuple[int, ...]
+    weights: tuple[Weight, ...]
     operands: tuple[int, ...]
     cotangents: tuple[int, ...]
+    times: tuple[int, ...] = ()
+
+    @property
+    def leaves(self) -> frozenset[int]:
+        """The numbers of the parameter leaves that the value is made of."""
+        return self.weight.leaves
+
+    @property
+    def make(self) -> Callable[[Sequence[Any]], Any]:
+        """The value, as a function of all parameter leaves."""
+        return self.weight.make
+
+    @property
+    def source(self) -> np.ndarray | None:
+        """For each element of the value, which parameter element it is."""
+        return self.weight.source
 
     def gathered(
         self, parameters: Sequence[Any], kept: Sequence[Any], cotangents: Sequence[Any]
     ) -> Factor:
-        """Return the factor of one sample over all times: `t` runs over scans and positions."""
-        operands = [kept[i] for i in self.operands]
-        factor = functools.partial(self.factor, parameters)
-        for _ in self.times:
-            factor = jax.vmap(factor)
-        found = factor(operands, [cotangents[i] for i in self.cotangents])
-        many = len(self.times)
+        """Return the factor of one sample over all times.
+
+        `t` runs over scans and positions, except that a scan which walks along the value is part
+        of `b`: each of its times has a weight of its own.
+        """
+        weights = [weight.make(parameters) for weight in self.weights]
+        factor = self.factor
+        for depth in reversed(range(len(self.times))):
+            axes = [0 if depth in weight.along else None for weight in self.weights]
+            factor = jax.vmap(factor, in_axes=(axes, 0, 0))
+        found = factor(
+            weights,
+            [kept[i] for i in self.operands],
+            [cotangents[i] for i in self.cotangents],
+        )
+        own = self.weight.along
+        summed = tuple(i for i in range(len(self.times)) if i not in own)
         if isinstance(found, Outer):
-            return Outer(*(_merge_times(x, many, 1) for x in found))
+            return Outer(*(_merge_times(x, own, summed) for x in found))
         if isinstance(found, Rows):
-            return Rows(*(_merge_times(x, many, 0) for x in found))
-        return Whole(found.value.sum(axis=tuple(range(many))))
+            index, right = found
+            return Rows(index.reshape(-1), right.reshape(-1, right.shape[-1]))
+        return Whole(found.value.sum(axis=summed))
 
 
-def _merge_times(array: Any, many: int, axis: int) -> Any:
-    """Move the leading scan axes in front of the axis of positions, and merge them with it."""
-    if not many:
-        return array
-    array = jnp.moveaxis(array, range(many), range(axis, axis + many))
-    shape = array.shape
-    merged = math.prod(shape[axis : axis + many + 1])
-    return array.reshape(*shape[:axis], merged, *shape[axis + many + 1 :])
+def _merge_times(array: Any, own: Sequence[int], summed: Sequence[int]) -> Any:
+    """Merge the leading scan axes of `[..., b, t, i]` with `b`, or with `t`."""
+    many = len(own) + len(summed)
+    array = array.transpose(*own, many, *summed, many + 1, many + 2)
+    b = math.prod(array.shape[: len(own) + 1])
+    return array.reshape(b, math.prod(array.shape[len(own) + 1 : -1]), array.shape[-1])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Weight:
-    """A value made of parameters alone, while the loss is interpreted."""
-
-    value: Any
-    leaves: frozenset[int]
-    make: Callable[[Sequence[Any]], Any]
-    source: np.ndarray | None
+def _along(meeting: Meeting, depth: int, length: int) -> Meeting:
+    """Return a meeting as seen from outside of the scan that is around it."""
+    times = (length, *meeting.times)
+    if depth not in meeting.weight.along:
+        return dataclasses.replace(meeting, times=times)
+    moves = tuple(
+        (name, (length, *numbers) if name == "reshape" else (0, *(i + 1 for i in numbers)))
+        for name, numbers in meeting.moves
+    )
+    return dataclasses.replace(meeting, times=times, moves=moves, shape=(length, *meeting.shape))
 
 
 class _Data(NamedTuple):
@@ -136,22 +183,35 @@ class _Data(NamedTuple):
 
 # Primitives that only move elements: run on numbers of elements, they say where each came from.
 _MOVING = {"reshape", "transpose", "squeeze", "expand_dims", "slice", "concatenate", "rev"}
-_MOVING |= {"split", "broadcast_in_dim", "copy", "copy_p", "dynamic_slice"}
+_MOVING |= {"split", "broadcast_in_dim", "copy", "copy_p", "dynamic_slice", "gather", "pad"}
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
 _INLINED |= {"closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 
 
 class _Tapper:
-    """Interprets a jaxpr, adding perturbations and keeping operands; without any, counts them."""
+    """Interprets a jaxpr, adding perturbations and keeping operands; without any, counts them.
 
-    def __init__(self, perturbations: Sequence[Any] | None = None):
+    `depth` is the number of scans around.
+    """
+
+    def __init__(self, perturbations: Sequence[Any] | None = None, depth: int = 0):
         self._given = perturbations
+        self._depth = depth
         self.perturbed: list[jax.ShapeDtypeStruct] = []
         self.kept: list[Any] = []
         self.meetings: list[Meeting] = []
 
-    def run(self, jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-        """Evaluate a jaxpr on values each of which is a `_Weight`, a `_Data` or a constant."""
+    def run(
+        self,
+        jaxpr: core.Jaxpr,
+        consts: Sequence[Any],
+        arguments: Sequence[Any],
+        live: Sequence[bool],
+    ) -> list[Any]:
+        """Evaluate a jaxpr on values each of which is a `Weight`, a `_Data` or a constant.
+
+        `live` tells which results the gradient passes through.
+        """
         known: dict[core.Var, Any] = {}
         known.update(zip(jaxpr.constvars, consts, strict=True))
         known.update(zip(jaxpr.invars, arguments, strict=True))
@@ -159,130 +219,182 @@ class _Tapper:
         def read(atom):
             return atom.val if isinstance(atom, core.Literal) else known[atom]
 
-        for equation in jaxpr.eqns:
-            results = self._equation(equation, [read(atom) for atom in equation.invars])
+        for equation, alive in zip(jaxpr.eqns, _alive(jaxpr, live), strict=True):
+            results = self._equation(equation, [read(atom) for atom in equation.invars], alive)
             known.update(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _equation(self, equation: core.JaxprEqn, values: list[Any]) -> list[Any]:
+    def _equation(
+        self, equation: core.JaxprEqn, values: list[Any], live: Sequence[bool]
+    ) -> list[Any]:
         name = equation.primitive.name
-        weights = [isinstance(value, _Weight) for value in values]
+        weights = any(isinstance(value, Weight) for value in values)
         data = any(isinstance(value, _Data) for value in values)
-        if not any(weights):
-            if data:
-                return [_Data(x) for x in _bind(equation, [_plain(value) for value in values])]
+        if not weights and not data:
             with jax.ensure_compile_time_eval():  # may be needed outside of this trace
                 return _bind(equation, values)
-        if not data:
-            return _combine(equation, values)
+        reached = any(isinstance(value, Weight) and value.leaves for value in values)
+        if data and not (reached and any(live)):
+            return [_Data(x) for x in _bind(equation, [_plain(value) for value in values])]
         if name in _INLINED:
             inner = equation.params[_INLINED[name]]
             closed = isinstance(inner, core.ClosedJaxpr)
             body, consts = (inner.jaxpr, inner.consts) if closed else (inner, ())
-            return self.run(body, consts, values)
-        if name == "scan" and not any(weights[equation.params["num_consts"] :]):
-            return self._scan(equation, values)
-        return self._meet(equation, values)
+            return self.run(body, consts, values, live)
+        if not data:
+            return _combine(equation, values, live)
+        if name == "scan":
+            return self._scan(equation, values, live)
+        if name == "cond":
+            return self._cond(equation, values, live)
+        return self._meet(equation, values, live)
 
-    def _meet(self, equation: core.JaxprEqn, values: list[Any]) -> list[Any]:
+    def _meet(self, equation: core.JaxprEqn, values: list[Any], live: Sequence[bool]) -> list[Any]:
         """Evaluate an equation between parameters and data, and tap it."""
-        results = _bind(equation, [_plain(value) for value in values])
-        places, outputs = [], []
-        for result in results:
-            if jnp.issubdtype(result.dtype, jnp.inexact):
-                result, place = self._perturb(result)
+        outputs, places = _bind(equation, [_plain(value) for value in values]), []
+        for number, alive in enumerate(live):
+            if alive:
+                outputs[number], place = self._perturb(outputs[number])
                 places.append(place)
-            outputs.append(_Data(result))
-        if not places:
-            return outputs
-        operands = [value for value in values if not isinstance(value, _Weight)]
-        kept = tuple(self._keep(_plain(value)) for value in operands)
+        kept = tuple(self._keep(value.value) for value in values if isinstance(value, _Data))
         for number, value in enumerate(values):
-            if isinstance(value, _Weight) and jnp.issubdtype(value.value.dtype, jnp.inexact):
-                factor, moves = _rule(equation, values, number)
+            if isinstance(value, Weight) and value.leaves:
+                factor, moves = _rule(equation, values, number, live)
                 self.meetings.append(
                     Meeting(
                         operation=equation.primitive.name,
-                        leaves=value.leaves,
-                        make=value.make,
-                        source=value.source,
+                        weight=value,
                         shape=jnp.shape(value.value),
                         factor=factor,
                         moves=moves,
-                        times=(),
+                        weights=tuple(v for v in values if isinstance(v, Weight)),
                         operands=kept,
                         cotangents=tuple(places),
                     )
                 )
-        return outputs
+        return [_Data(x) for x in outputs]
 
-    def alone(self, out: _Weight) -> Any:
-        """Tap a loss in which the data has no say: it has a gradient, the same for each sample."""
-        value, place = self._perturb(out.value)
+    def release(self, weight: Weight, operation: str) -> Any:
+        """Return a value made of parameters as if it were data; its gradient is a cotangent."""
+        value, place = self._perturb(weight.value)
         self.meetings.append(
             Meeting(
-                operation="loss",
-                leaves=out.leaves,
-                make=out.make,
-                source=out.source,
-                shape=(),
-                factor=lambda parameters, operands, cotangents: Whole(cotangents[0]),
+                operation=operation,
+                weight=weight,
+                shape=jnp.shape(value),
+                factor=lambda weights, operands, cotangents: Whole(cotangents[0]),
                 moves=(),
-                times=(),
+                weights=(),
                 operands=(),
                 cotangents=(place,),
             )
         )
         return value
 
-    def _scan(self, equation: core.JaxprEqn, values: list[Any]) -> list[Any]:
-        """Evaluate a scan whose constants are parameters, with taps inside that gain its axis."""
+    def _scan(self, equation: core.JaxprEqn, values: list[Any], live: Sequence[bool]) -> list[Any]:
+        """Evaluate a scan with taps inside that gain its axis.
+
+        What it walks along and what is carried unchanged stays a value made of parameters; what
+        it carries otherwise is data from the start.
+        """
         settings = equation.params
-        body: core.ClosedJaxpr = settings["jaxpr"]
-        consts, carries = settings["num_consts"], settings["num_carry"]
-        fixed, moving = values[:consts], [_plain(value) for value in values[consts:]]
-        start, xs = moving[:carries], moving[carries:]
-        inner: list[_Tapper] = []
+        body: core.Jaxpr = settings["jaxpr"].jaxpr
+        consts, carries, length = (settings[key] for key in ("num_consts", "num_carry", "length"))
+        start, rows, arguments, unmoved = [], [], list(values[:consts]), {}
 
-        def step(tapper: _Tapper, carry, x):
-            arguments = [*fixed, *map(_Data, carry), *map(_Data, x)]
-            results = [_plain(r) for r in tapper.run(body.jaxpr, body.consts, arguments)]
-            return results[:carries], results[carries:]
+        def carry(value):
+            place = len(start)
+            start.append(value)
+            return lambda carried, row: _Data(carried[place])
 
-        def count(carry, x):
-            tapper = _Tapper()
-            step(tapper, carry, x)
-            inner.append(tapper)
-            return [tapper.kept]
+        def walk(value):
+            place = len(rows)
+            rows.append(_plain(value))
+            if isinstance(value, _Data | jax.core.Tracer):
+                return lambda carried, row: _Data(row[place])
+            weight = value if isinstance(value, Weight) else _constant(value)
+            along = (*weight.along, self._depth)
+            return lambda carried, row: dataclasses.replace(weight, value=row[place], along=along)
 
-        jax.eval_shape(count, start, [jax.tree.map(lambda x: x[0], leaf) for leaf in xs])
-        counted, length = inner[0], settings["length"]
+        for number, value in enumerate(values[consts : consts + carries]):
+            into, out = body.invars[consts + number], body.outvars[number]
+            if into is out:
+                arguments.append(value)
+                unmoved[number] = value
+            elif (count := _counter(body, into, out, value, length)) is not None:
+                arguments.append(walk(count[:-1] if not settings["reverse"] else count[-2::-1]))
+                unmoved[number] = count[-1]
+            elif isinstance(value, Weight) and value.leaves:
+                arguments.append(carry(self.release(value, "scan")))
+            else:
+                arguments.append(carry(_plain(value)))
+        arguments += map(walk, values[consts + carries :])
+        moved = [number for number in range(carries) if number not in unmoved]
+        alive = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in body.outvars[:carries]]
+
+        def step(tapper, carried, row):
+            given = [x(carried, row) if callable(x) else x for x in arguments]
+            results = tapper.run(body, settings["jaxpr"].consts, given, alive + live[carries:])
+            results = [_plain(x) for x in results]
+            return [results[number] for number in moved], results[carries:]
+
+        def tapped(carried, both):
+            row, perturbations = both
+            tapper = _Tapper(perturbations, self._depth + 1)
+            carried, ys = step(tapper, carried, row)
+            return carried, (ys, tapper.kept)
+
+        counted = _Tapper(depth=self._depth + 1)
+        jax.eval_shape(lambda *both: step(counted, *both), start, [x[0] for x in rows])
         blanks = [jax.ShapeDtypeStruct((length, *x.shape), x.dtype) for x in counted.perturbed]
-        given, places = [], []
-        for blank in blanks:
-            zeros, place = self._blank(blank)
-            given.append(zeros)
-            places.append(place)
-
-        def tapped(carry, both):
-            x, perturbations = both
-            tapper = _Tapper(perturbations)
-            carry, ys = step(tapper, carry, x)
-            return carry, (ys, tapper.kept)
-
+        given, places = self._blanks(blanks)
         options = {key: settings[key] for key in ("reverse", "length", "unroll")}
-        carry, (ys, kept) = lax.scan(tapped, start, (xs, given), **options)
+        carried, (ys, kept) = lax.scan(tapped, start, (rows, given), **options)
         stored = [self._keep(x) for x in kept]
         for meeting in counted.meetings:
-            self.meetings.append(
-                dataclasses.replace(
-                    meeting,
-                    times=(length, *meeting.times),
-                    operands=tuple(stored[i] for i in meeting.operands),
-                    cotangents=tuple(places[i] for i in meeting.cotangents),
-                )
-            )
-        return [_Data(x) for x in (*carry, *ys)]
+            meeting = _along(meeting, self._depth, length)
+            self.meetings.append(_renumbered(meeting, stored, places))
+        ends = dict(zip(moved, map(_Data, carried), strict=True)) | unmoved
+        return [*(ends[number] for number in range(carries)), *map(_Data, ys)]
+
+    def _cond(self, equation: core.JaxprEqn, values: list[Any], live: Sequence[bool]) -> list[Any]:
+        """Evaluate branches with taps inside; those of a branch not taken have no gradient."""
+        branches, arguments = equation.params["branches"], values[1:]
+        chosen = jnp.clip(_plain(values[0]), 0, len(branches) - 1)
+
+        def branch(number, tapper):
+            closed = branches[number]
+            results = tapper.run(closed.jaxpr, closed.consts, arguments, live)
+            outs = zip(map(_plain, results), closed.jaxpr.outvars, strict=True)
+            return [_typed(x, out.aval.dtype) for x, out in outs]
+
+        tappers = [_Tapper(depth=self._depth) for _ in branches]
+        structs, found = [], []
+        for number, tapper in enumerate(tappers):
+            kept = jax.eval_shape(lambda n=number, t=tapper: (branch(n, t), t.kept)[1])
+            structs.append(kept)
+            found.append(self._blanks(tapper.perturbed))
+
+        def tapped(number):
+            tapper = _Tapper(found[number][0], self._depth)
+            outs = branch(number, tapper)
+            kept = [[jnp.zeros(x.shape, x.dtype) for x in own] for own in structs]
+            kept[number] = [_typed(x, x.dtype) for x in tapper.kept]
+            return outs, kept
+
+        options = [functools.partial(tapped, number) for number in range(len(branches))]
+        outs, kept = lax.switch(chosen, options)
+        for number, tapper in enumerate(tappers):
+            stored = [self._keep(x) for x in kept[number]]
+            for meeting in tapper.meetings:
+                meeting = _renumbered(meeting, stored, found[number][1])
+                whose = self._keep(jnp.broadcast_to(chosen == number, meeting.times))
+                self.meetings.append(_where_taken(meeting, whose))
+        return [_Data(x) for x in outs]
+
+    def _blanks(self, structs: Sequence[jax.ShapeDtypeStruct]) -> tuple[list[Any], list[int]]:
+        found = [self._blank(struct) for struct in structs]
+        return [zeros for zeros, _ in found], [place for _, place in found]
 
     def _perturb(self, result: Any) -> tuple[Any, int]:
         zeros, place = self._blank(jax.ShapeDtypeStruct(result.shape, result.dtype))
@@ -300,8 +412,69 @@ class _Tapper:
         return len(self.kept) - 1
 
 
+def _alive(jaxpr: core.Jaxpr, live: Sequence[bool]) -> list[list[bool]]:
+    """Tell for each result of each equation whether the gradient passes through it.
+
+    A `while` cannot be differentiated backwards, but a count of its iterations may well be used.
+    """
+    used = {v for v, on in zip(jaxpr.outvars, live, strict=True) if on}
+    marks = []
+    for equation in reversed(jaxpr.eqns):
+        mark = [v in used and jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.outvars]
+        marks.append(mark)
+        if any(mark) and equation.primitive.name != "stop_gradient":
+            used.update(v for v in equation.invars if not isinstance(v, core.Literal))
+    return marks[::-1]
+
+
+def _counter(body, into, out, start, length) -> np.ndarray | None:
+    """Return what a carried integer is at each time and at the end, if it counts in equal steps."""
+    if isinstance(start, Weight | _Data | jax.core.Tracer):
+        return None
+    if not jnp.issubdtype(into.aval.dtype, jnp.integer) or into.aval.shape:
+        return None
+    for equation in body.eqns:
+        if equation.outvars == [out] and equation.primitive.name == "add":
+            by = [v.val for v in equation.invars if isinstance(v, core.Literal)]
+            if len(by) == 1 and into in equation.invars:
+                return np.asarray(start) + np.arange(length + 1, dtype=into.aval.dtype) * by[0]
+    return None
+
+
+def _constant(value: Any) -> Weight:
+    """Return a constant as a value made of no parameter."""
+    return Weight(value, frozenset(), lambda parameters, memo=None: value, None, known=value)
+
+
+def _renumbered(meeting: Meeting, kept: Sequence[int], places: Sequence[int]) -> Meeting:
+    return dataclasses.replace(
+        meeting,
+        operands=tuple(kept[i] for i in meeting.operands),
+        cotangents=tuple(places[i] for i in meeting.cotangents),
+    )
+
+
+def _where_taken(meeting: Meeting, whose: int) -> Meeting:
+    """Return a meeting inside a branch; what is kept where it is not taken is arbitrary."""
+
+    def factor(weights, operands, cotangents):
+        found = meeting.factor(weights, operands[:-1], cotangents)
+        if isinstance(found, Whole):  # such as a division by what was not kept
+            return Whole(jnp.where(operands[-1], found.value, jnp.zeros_like(found.value)))
+        return found
+
+    return dataclasses.replace(meeting, factor=factor, operands=(*meeting.operands, whose))
+
+
+def _typed(value: Any, dtype: Any) -> Any:
+    """Return a value whose type is not weak, as branches must agree on it."""
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        return value
+    return lax.convert_element_type(value, dtype)
+
+
 def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, _Weight | _Data) else value
+    return value.value if isinstance(value, Weight | _Data) else value
 
 
 def _bind(equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
@@ -310,56 +483,102 @@ def _bind(equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return list(results) if equation.primitive.multiple_results else [results]
 
 
-def _combine(equation: core.JaxprEqn, values: list[Any]) -> list[Any]:
+def _combine(equation: core.JaxprEqn, values: list[Any], live: Sequence[bool]) -> list[Any]:
     """Evaluate an equation that makes a value of parameters alone."""
     plain = _bind(equation, [_plain(value) for value in values])
-    leaves = frozenset().union(*(v.leaves for v in values if isinstance(v, _Weight)))
-    sources: list[np.ndarray | None] = [None] * len(plain)
-    name = equation.primitive.name
-    if name == "convert_element_type" and jnp.issubdtype(plain[0].dtype, jnp.floating):
-        sources = [values[0].source]
-    elif name in _MOVING and all(isinstance(v, _Weight) and v.source is not None for v in values):
-        with jax.ensure_compile_time_eval():
-            moved = _bind(equation, [jnp.asarray(value.source) for value in values])
-        sources = [np.asarray(x) for x in moved]
+    weights = [value for value in values if isinstance(value, Weight)]
+    reached = frozenset().union(*(weight.leaves for weight in weights))
+    if equation.primitive.name == "stop_gradient":
+        reached = frozenset()
+    along = tuple(sorted(set().union(*(weight.along for weight in weights))))
+    each = [value.along if isinstance(value, Weight) else () for value in values]
 
-    def maker(place):
-        def make(parameters):
-            made = [v.make(parameters) if isinstance(v, _Weight) else v for v in values]
-            return _bind(equation, made)[place]
+    def over_times(arguments):
+        function = functools.partial(_bind, equation)
+        for depth in reversed(along):
+            function = jax.vmap(function, ([0 if depth in own else None for own in each],))
+        return function(arguments)
 
-        return make
+    node = object()
 
+    def make_all(parameters, memo):  # a value used twice is made once
+        if node not in memo:
+            made = [v.make(parameters, memo) if isinstance(v, Weight) else v for v in values]
+            memo[node] = over_times(made)
+        return memo[node]
+
+    known = [None] * len(plain)
+    with jax.ensure_compile_time_eval():
+        if all(weight.known is not None for weight in weights):
+            known = over_times([v.known if isinstance(v, Weight) else v for v in values])
+        sources = _sources(equation, values, plain, over_times)
     return [
-        _Weight(value, leaves, maker(place), source)
-        for place, (value, source) in enumerate(zip(plain, sources, strict=True))
+        Weight(
+            value=value,
+            leaves=reached if alive else frozenset(),
+            make=lambda parameters, memo=None, place=place: make_all(
+                parameters, {} if memo is None else memo
+            )[place],
+            source=sources[place],
+            along=along,
+            known=known[place],
+        )
+        for place, (value, alive) in enumerate(zip(plain, live, strict=True))
     ]
 
 
-def _rule(equation: core.JaxprEqn, values: list[Any], number: int):
+def _sources(equation, values, plain, over_times) -> Sequence[np.ndarray | None]:
+    """Return which parameter elements the results of a primitive are, where it only moves them."""
+    name = equation.primitive.name
+    if name == "convert_element_type" and jnp.issubdtype(plain[0].dtype, jnp.floating):
+        return [values[0].source]
+    moved = len(values) if name in ("concatenate", "pad") else 1
+    numbers = []
+    for place, value in enumerate(values):
+        if place >= moved:  # says where to, and must be the same for every sample
+            number = value.known if isinstance(value, Weight) else value
+        elif isinstance(value, Weight):
+            number = value.source
+        else:
+            number = np.full(jnp.shape(value), -1)
+        numbers.append(number)
+    if name not in _MOVING or any(number is None for number in numbers):
+        return [None] * len(plain)
+    numbers[:moved] = [jnp.asarray(number) for number in numbers[:moved]]
+    return [np.asarray(x) for x in over_times(numbers)]
+
+
+def _rule(equation: core.JaxprEqn, values: list[Any], number: int, live: Sequence[bool]):
     """Return `(factor, moves)` for the parameter that is operand `number` of an equation."""
     name, settings = equation.primitive.name, equation.params
-    others = [i for i in range(len(values)) if i != number]
-    alone = not any(isinstance(values[i], _Weight) for i in others)
+    own = values[number]
+    others = [value for place, value in enumerate(values) if place != number]
+    alone = not any(isinstance(value, Weight) for value in others)
     shapes = [jnp.shape(_plain(value)) for value in values]
     if name == "dot_general" and alone:
         return _dot(settings["dimension_numbers"], shapes, number)
     if name == "conv_general_dilated" and alone and number == 1:
         if settings["batch_group_count"] == 1:
             return _convolution(settings, shapes)
-    if name == "gather" and alone and number == 0:
-        found = _embedding(settings, shapes)
+    if alone and number == 0 and not own.along:
+        found = None
+        if name == "gather":
+            found = _embedding(settings, shapes)
+        if name == "dynamic_slice":
+            found = _rows(shapes[0], equation.outvars[0].aval.shape, others)
         if found is not None:
             return found
-    fixed = [value if isinstance(value, _Weight) else None for value in values]
 
-    def factor(parameters, operands, cotangents):
-        left = iter(operands)
-        given = [next(left) if value is None else value.make(parameters) for value in fixed]
+    def factor(weights, operands, cotangents):
+        weights, operands = iter(weights), iter(operands)
+        given = []
+        for value in values:
+            source = {Weight: weights, _Data: operands}.get(type(value))
+            given.append(value if source is None else next(source))
 
         def through(weight):
             outputs = _bind(equation, [*given[:number], weight, *given[number + 1 :]])
-            return [x for x in outputs if jnp.issubdtype(x.dtype, jnp.inexact)]
+            return [x for x, alive in zip(outputs, live, strict=True) if alive]
 
         _, pull = jax.vjp(through, given[number])
         return Whole(pull(list(cotangents))[0])
@@ -383,7 +602,7 @@ def _dot(numbers, shapes, number):
     j = math.prod(shapes[number][k] for k in free_w)
     t = math.prod(shapes[other][k] for k in free_d)
 
-    def factor(parameters, operands, cotangents):
+    def factor(weights, operands, cotangents):
         left = operands[0].transpose(*b_d, *free_d, *c_d).reshape(b, t, i)
         right = cotangents[0]
         if number == 0:  # its free axes come before those of the data
@@ -401,7 +620,7 @@ def _convolution(settings, shapes):
     outs, ins = kernel[0] // groups, kernel[1]
     spatial = range(2, 2 + len(window))
 
-    def factor(parameters, operands, cotangents):
+    def factor(weights, operands, cotangents):
         patches = lax.conv_general_dilated_patches(
             operands[0].transpose(numbers.lhs_spec),
             window,
@@ -441,12 +660,25 @@ def _embedding(settings, shapes):
     offsets = tuple(numbers.offset_dims)
     front = tuple(i for i in range(lead + len(offsets)) if i not in offsets)
 
-    def factor(parameters, operands, cotangents):
+    def factor(weights, operands, cotangents):
         index = operands[0].reshape(-1).astype(jnp.int32)
         if mode == lax.GatherScatterMode.CLIP:
             index = jnp.clip(index, 0, table[0] - 1)
         right = cotangents[0].transpose(*front, *offsets)
         return Rows(index, right.reshape(index.shape[0], -1))
+
+    return factor, (("reshape", table),)
+
+
+def _rows(table, sizes, starts):
+    """The rule of taking neighbouring rows of a table; None for any other slice."""
+    if not table or sizes[1:] != table[1:] or not isinstance(starts[0], _Data):
+        return None
+
+    def factor(weights, operands, cotangents):
+        first = jnp.clip(operands[0].astype(jnp.int32), 0, table[0] - sizes[0])
+        right = cotangents[0].reshape(sizes[0], -1)
+        return Rows(first + jnp.arange(sizes[0], dtype=jnp.int32), right)
 
     return factor, (("reshape", table),)
 
@@ -498,11 +730,14 @@ def tap(loss: Callable[..., Any], parameters: Any, *arguments: Any) -> Taps:
 
     def interpret(tapper, leaves, rest):
         weights = [
-            _Weight(leaf, frozenset([i]), lambda p, i=i: p[i], sources[i])
+            Weight(leaf, frozenset([i]), lambda p, memo=None, i=i: p[i], sources[i])
             for i, leaf in enumerate(leaves)
         ]
-        (out,) = tapper.run(closed.jaxpr, closed.consts, [*weights, *map(_Data, rest)])
-        return tapper.alone(out) if isinstance(out, _Weight) else _plain(out)
+        arguments = [*weights, *map(_Data, rest)]
+        (out,) = tapper.run(closed.jaxpr, closed.consts, arguments, [True])
+        if isinstance(out, Weight) and out.leaves:  # the same gradient for each sample
+            return tapper.release(out, "loss")
+        return _plain(out)
 
     def evaluate(leaves, rest, perturbations):
         tapper = _Tapper(perturbations)

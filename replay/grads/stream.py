@@ -1,0 +1,201 @@
+"""Reductions over many batches, each of each tensor in an executable of its own.
+
+Sharing shares what the gradients are made of, never a compilation: an answer does not depend on
+what else was asked.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from replay.errors import ProgramError
+from replay.grads.gradients import Form, Gradients
+from replay.grads.reductions import BLOCK_STEPS, Blocks, Column, Dot, Norm, Reduction
+from replay.grads.sources import Group, gradients_of
+
+
+class Stream:
+    """Running states of reductions over steps that come in ascending order.
+
+    Args:
+        reductions: of `replay.reductions`.
+        tensors: how many the parameters have.
+    """
+
+    def __init__(self, reductions: Sequence[Reduction], tensors: int):
+        self.reductions, self._tensors = tuple(reductions), tensors
+        self._block: int | None = None
+        self._cells: dict[tuple[int, int], _Cell] = {}
+        self._columns: dict[int, list[Any]] = {
+            i: [] for i, r in enumerate(self.reductions) if isinstance(r, Norm | Dot)
+        }
+
+    def update(
+        self,
+        step: int,
+        parts: Iterable[tuple[Group, list[Any], Any]],
+        leaves: Sequence[Any],
+    ) -> None:
+        """Take the samples of a step.
+
+        Args:
+            step: its number, larger than the last one.
+            parts: `(group, payloads, occurrences)` of some samples after the others, groups one
+                after the other.
+            leaves: of the parameters.
+        """
+        block = step // BLOCK_STEPS
+        if block != self._block:
+            for cell in self._cells.values():
+                cell.close(self._block)
+            self._block = block
+        looked: dict[int, dict[int, list[Any]]] = {i: {} for i in self._columns}
+        for group, payloads, occurrences in parts:
+            for number, payload in zip(group.tensors, payloads, strict=True):
+                for i, reduction in enumerate(self.reductions):
+                    if isinstance(reduction, Norm | Dot):
+                        column = _look(reduction, group, number)(payload, leaves)
+                        looked[i].setdefault(number, []).append(column)
+                    else:
+                        if (i, number) not in self._cells:
+                            self._cells[i, number] = _Cell(reduction, group, number)
+                        self._cells[i, number].take(payload, leaves, occurrences)
+        for i, columns in looked.items():
+            self._columns[i].append([columns[number] for number in range(self._tensors)])
+
+    def results(self) -> list[Any]:
+        """Return, for each reduction, a list of what was found for each tensor, or one column.
+
+        Columns are joined over the steps, `[samples]`; those of `Norm(per_tensor=True)` are a list.
+        """
+        answers = []
+        for i, reduction in enumerate(self.reductions):
+            if isinstance(reduction, Norm | Dot):
+                answers.append(self._joined(reduction, self._columns[i]))
+            else:
+                cells = [self._cells[i, number] for number in range(self._tensors)]
+                answers.append([cell.result(self._block) for cell in cells])
+        return answers
+
+    def _joined(self, reduction: Column, steps: list[Any]) -> Any:
+        columns = [
+            np.concatenate([np.asarray(part) for step in steps for part in step[number]])
+            for number in range(self._tensors)
+        ]
+        return jax.tree.map(np.asarray, reduction.join(columns))
+
+
+class _Cell:
+    """The running state of one reduction of one tensor."""
+
+    def __init__(self, reduction: Any, group: Group, number: int):
+        self._reduction, self._form = reduction, group.tensors[number].form
+        self._group, self._number = group, number
+        self._step = _step(reduction, group, number)
+        self._blocks = Blocks(_merge(reduction))
+        self._layout: tuple[int, ...] | None = None
+        self._state: Any = None
+
+    def take(self, payload: Any, leaves: Sequence[Any], occurrences: Any) -> None:
+        if self._layout is None:
+            self._layout = _layout(self._group, self._number, payload, leaves)
+        if self._state is None:
+            self._state = _init(self._reduction, self._layout, str(self._form.wide))()
+        self._state = self._step(self._state, payload, leaves, occurrences)
+
+    def close(self, block: int | None) -> None:
+        if self._state is not None and block is not None:
+            self._blocks.close(block, self._state)
+        self._state = None
+
+    def result(self, block: int | None) -> Any:
+        blocks = self._blocks
+        if self._state is not None and block is not None:
+            blocks = blocks.copy()
+            blocks.close(block, self._state)
+        return _final(self._reduction, self._form, self._layout)(blocks.result())
+
+
+def _step(reduction: Any, group: Group, number: int) -> Callable[..., Any]:
+    form = group.tensors[number].form
+    if form.way != "factors":
+        step = _shared_step(reduction, form)
+        return lambda state, payload, leaves, occurrences: step(state, payload, occurrences)
+
+    def one(state, payload, leaves, occurrences):
+        return reduction.step(state, group.gradients(number, payload, leaves), occurrences)
+
+    return jax.jit(one, donate_argnums=0)
+
+
+def _look(reduction: Column, group: Group, number: int) -> Callable[..., Any]:
+    form = group.tensors[number].form
+    if form.way != "factors":
+        look = _shared_look(reduction, form, number if isinstance(reduction, Dot) else 0)
+        return lambda payload, leaves: look(payload)
+    return _own_look(reduction, group.gradients, number)
+
+
+# Tensors of one form share an executable, whoever asks.
+@functools.cache
+def _shared_step(reduction: Any, form: Form) -> Callable[..., Any]:
+    def step(state, payload, occurrences):
+        return reduction.step(state, gradients_of(form, payload), occurrences)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+@functools.cache
+def _shared_look(reduction: Column, form: Form, number: int) -> Callable[..., Any]:
+    return jax.jit(lambda payload: reduction.column(gradients_of(form, payload), number))
+
+
+@functools.lru_cache(maxsize=256)
+def _own_look(reduction: Column, gradients: Callable, number: int) -> Callable[..., Any]:
+    return jax.jit(
+        lambda payload, leaves: reduction.column(gradients(number, payload, leaves), number)
+    )
+
+
+@functools.cache
+def _init(reduction: Any, layout: tuple[int, ...], dtype: str) -> Callable[[], Any]:
+    return jax.jit(lambda: reduction.init(layout, dtype))
+
+
+@functools.cache
+def _merge(reduction: Any) -> Callable[[Any, Any], Any]:
+    return jax.jit(reduction.merge)
+
+
+@functools.cache
+def _final(reduction: Any, form: Form, layout: tuple[int, ...]) -> Callable[[Any], Any]:
+    return jax.jit(lambda state: reduction.final(form, layout, state))
+
+
+def _layout(group: Group, number: int, payload: Any, leaves: Sequence[Any]) -> tuple[int, ...]:
+    found: list[Gradients] = []
+
+    def probe(payload, leaves):
+        found.append(group.gradients(number, payload, leaves))
+        return 0
+
+    jax.eval_shape(probe, payload, leaves)
+    return found[0].layout
+
+
+def check(reductions: Sequence[Any]) -> None:
+    """Refuse what is no reduction, before anything is replayed.
+
+    Raises:
+        ProgramError: nothing is asked for, or something unknown.
+    """
+    strangers = [x for x in reductions if not hasattr(x, "step") and not hasattr(x, "column")]
+    if strangers or not reductions:
+        raise ProgramError(
+            f"{strangers[0]!r} is no reduction" if strangers else "no reduction is asked for",
+            why="per-sample gradients are reduced while they exist, and never stored",
+            fix="replay.reductions.Sum('square'), Max(), TopK(10), Histogram(edges), Norm(), ...",
+        )

@@ -21,44 +21,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.extend import core
 
-
-class Outer(NamedTuple):
-    """The gradient `g[b, i, j] = sum_t left[b, t, i] * right[b, t, j]` of one sample."""
-
-    left: Any
-    right: Any
-
-
-class Rows(NamedTuple):
-    """The gradient `g[i] = sum_t right[t] where index[t] == i` of one sample, as of an embedding.
-
-    `index` is `int32[t]`, `right` is `[t, j]`; an index outside the table adds nothing.
-    """
-
-    index: Any
-    right: Any
-
-
-class Whole(NamedTuple):
-    """The gradient of one sample itself, no larger than what it is made of."""
-
-    value: Any
-
-
-Factor = Outer | Rows | Whole
-
-# How `[b, i, j]` of an `Outer`, or the table of `Rows`, becomes the value: ("reshape", sizes) and
-# ("transpose", axes), one after the other.
-Moves = tuple[tuple[str, tuple[int, ...]], ...]
-
-
-def move(array: Any, moves: Moves) -> Any:
-    """Apply moves to an array."""
-    for name, numbers in moves:
-        array = getattr(array, name)(numbers)
-    return array
+from replay.grads.factors import (
+    Factor,
+    Moves,
+    Outer,
+    Rows,
+    Whole,
+    convolution,
+    dense,
+    embedding,
+    rows,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +189,7 @@ class _Tapper:
         `live` tells which results the gradient passes through.
         """
         known: dict[core.Var, Any] = {}
-        known.update(zip(jaxpr.constvars, consts, strict=True))
+        known.update(zip(jaxpr.constvars, map(_closed_over, consts), strict=True))
         known.update(zip(jaxpr.invars, arguments, strict=True))
 
         def read(atom):
@@ -310,7 +286,7 @@ class _Tapper:
         def walk(value):
             place = len(rows)
             rows.append(_plain(value))
-            if isinstance(value, _Data | jax.core.Tracer):
+            if isinstance(value, _Data):
                 return lambda carried, row: _Data(row[place])
             weight = value if isinstance(value, Weight) else _constant(value)
             along = (*weight.along, self._depth)
@@ -330,11 +306,11 @@ class _Tapper:
                 arguments.append(carry(_plain(value)))
         arguments += map(walk, values[consts + carries :])
         moved = [number for number in range(carries) if number not in unmoved]
-        alive = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in body.outvars[:carries]]
+        alive = [jnp.issubdtype(_aval(v).dtype, jnp.inexact) for v in body.outvars[:carries]]
 
         def step(tapper, carried, row):
             given = [x(carried, row) if callable(x) else x for x in arguments]
-            results = tapper.run(body, settings["jaxpr"].consts, given, alive + live[carries:])
+            results = tapper.run(body, settings["jaxpr"].consts, given, [*alive, *live[carries:]])
             results = [_plain(x) for x in results]
             return [results[number] for number in moved], results[carries:]
 
@@ -417,10 +393,11 @@ def _alive(jaxpr: core.Jaxpr, live: Sequence[bool]) -> list[list[bool]]:
 
     A `while` cannot be differentiated backwards, but a count of its iterations may well be used.
     """
-    used = {v for v, on in zip(jaxpr.outvars, live, strict=True) if on}
+    ends = zip(jaxpr.outvars, live, strict=True)
+    used = {v for v, on in ends if on and not isinstance(v, core.Literal)}
     marks = []
     for equation in reversed(jaxpr.eqns):
-        mark = [v in used and jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.outvars]
+        mark = [v in used and jnp.issubdtype(_aval(v).dtype, jnp.inexact) for v in equation.outvars]
         marks.append(mark)
         if any(mark) and equation.primitive.name != "stop_gradient":
             used.update(v for v in equation.invars if not isinstance(v, core.Literal))
@@ -429,7 +406,7 @@ def _alive(jaxpr: core.Jaxpr, live: Sequence[bool]) -> list[list[bool]]:
 
 def _counter(body, into, out, start, length) -> np.ndarray | None:
     """Return what a carried integer is at each time and at the end, if it counts in equal steps."""
-    if isinstance(start, Weight | _Data | jax.core.Tracer):
+    if isinstance(start, Weight | _Data):
         return None
     if not jnp.issubdtype(into.aval.dtype, jnp.integer) or into.aval.shape:
         return None
@@ -437,13 +414,20 @@ def _counter(body, into, out, start, length) -> np.ndarray | None:
         if equation.outvars == [out] and equation.primitive.name == "add":
             by = [v.val for v in equation.invars if isinstance(v, core.Literal)]
             if len(by) == 1 and into in equation.invars:
-                return np.asarray(start) + np.arange(length + 1, dtype=into.aval.dtype) * by[0]
+                return (np.arange(length + 1) * int(by[0]) + int(start)).astype(into.aval.dtype)
     return None
 
 
 def _constant(value: Any) -> Weight:
     """Return a constant as a value made of no parameter."""
     return Weight(value, frozenset(), lambda parameters, memo=None: value, None, known=value)
+
+
+def _closed_over(value: Any) -> Any:
+    """Return a value that the loss closes over; under an outer `jit` it is not known yet."""
+    if isinstance(value, Tracer):
+        return dataclasses.replace(_constant(value), known=None)
+    return value
 
 
 def _renumbered(meeting: Meeting, kept: Sequence[int], places: Sequence[int]) -> Meeting:
@@ -471,6 +455,10 @@ def _typed(value: Any, dtype: Any) -> Any:
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         return value
     return lax.convert_element_type(value, dtype)
+
+
+def _aval(variable: Any) -> Any:
+    return variable.aval
 
 
 def _plain(value: Any) -> Any:
@@ -556,18 +544,22 @@ def _rule(equation: core.JaxprEqn, values: list[Any], number: int, live: Sequenc
     alone = not any(isinstance(value, Weight) for value in others)
     shapes = [jnp.shape(_plain(value)) for value in values]
     if name == "dot_general" and alone:
-        return _dot(settings["dimension_numbers"], shapes, number)
+        return dense(settings["dimension_numbers"], shapes, number)
     if name == "conv_general_dilated" and alone and number == 1:
         if settings["batch_group_count"] == 1:
-            return _convolution(settings, shapes)
+            return convolution(settings, shapes)
     if alone and number == 0 and not own.along:
         found = None
         if name == "gather":
-            found = _embedding(settings, shapes)
+            found = embedding(settings, shapes)
         if name == "dynamic_slice":
-            found = _rows(shapes[0], equation.outvars[0].aval.shape, others)
+            found = rows(shapes[0], _aval(equation.outvars[0]).shape, isinstance(others[0], _Data))
         if found is not None:
             return found
+
+    # All at once, though one is asked for: some rules presume that what belongs together, such
+    # as a matrix and its decomposition, is differentiated together.
+    reached = [i for i, v in enumerate(values) if isinstance(v, Weight) and v.leaves]
 
     def factor(weights, operands, cotangents):
         weights, operands = iter(weights), iter(operands)
@@ -576,115 +568,16 @@ def _rule(equation: core.JaxprEqn, values: list[Any], number: int, live: Sequenc
             source = {Weight: weights, _Data: operands}.get(type(value))
             given.append(value if source is None else next(source))
 
-        def through(weight):
-            outputs = _bind(equation, [*given[:number], weight, *given[number + 1 :]])
-            return [x for x, alive in zip(outputs, live, strict=True) if alive]
+        def through(chosen):
+            full = list(given)
+            for place, weight in zip(reached, chosen, strict=True):
+                full[place] = weight
+            return [x for x, alive in zip(_bind(equation, full), live, strict=True) if alive]
 
-        _, pull = jax.vjp(through, given[number])
-        return Whole(pull(list(cotangents))[0])
+        _, pull = jax.vjp(through, [given[place] for place in reached])
+        return Whole(pull(list(cotangents))[0][reached.index(number)])
 
     return factor, ()
-
-
-def _dot(numbers, shapes, number):
-    """The rule of a matrix product, the parameter on either side."""
-    (contract, batch) = numbers
-    other = 1 - number
-    weight_rank, data_rank = len(shapes[number]), len(shapes[other])
-    c_w, b_w = tuple(contract[number]), tuple(batch[number])
-    c_d, b_d = tuple(contract[other]), tuple(batch[other])
-    free_w = tuple(i for i in range(weight_rank) if i not in c_w + b_w)
-    free_d = tuple(i for i in range(data_rank) if i not in c_d + b_d)
-    order = (*b_w, *c_w, *free_w)
-    sizes = tuple(shapes[number][i] for i in order)
-    b = math.prod(shapes[number][i] for i in b_w)
-    i = math.prod(shapes[number][k] for k in c_w)
-    j = math.prod(shapes[number][k] for k in free_w)
-    t = math.prod(shapes[other][k] for k in free_d)
-
-    def factor(weights, operands, cotangents):
-        left = operands[0].transpose(*b_d, *free_d, *c_d).reshape(b, t, i)
-        right = cotangents[0]
-        if number == 0:  # its free axes come before those of the data
-            right = right.reshape(b, j, t).transpose(0, 2, 1)
-        return Outer(left, right.reshape(b, t, j))
-
-    return factor, (("reshape", sizes), ("transpose", _inverse(order)))
-
-
-def _convolution(settings, shapes):
-    """The rule of a convolution: a matrix product with the patches of its input."""
-    numbers, groups = settings["dimension_numbers"], settings["feature_group_count"]
-    kernel = tuple(shapes[1][axis] for axis in numbers.rhs_spec)  # out, in, spatial
-    window = kernel[2:]
-    outs, ins = kernel[0] // groups, kernel[1]
-    spatial = range(2, 2 + len(window))
-
-    def factor(weights, operands, cotangents):
-        patches = lax.conv_general_dilated_patches(
-            operands[0].transpose(numbers.lhs_spec),
-            window,
-            settings["window_strides"],
-            settings["padding"],
-            settings["lhs_dilation"],
-            settings["rhs_dilation"],
-            precision=settings["precision"],
-        )  # [batch, in * window, spatial]
-        right = cotangents[0].transpose(numbers.out_spec)  # [batch, out, spatial]
-        left = patches.transpose(1, 0, *spatial).reshape(groups, ins * math.prod(window), -1)
-        right = right.transpose(1, 0, *spatial).reshape(groups, outs, -1)
-        return Outer(left.transpose(0, 2, 1), right.transpose(0, 2, 1))
-
-    split = (groups, ins, *window, outs)  # of [group, in * window, out]
-    outs_first = (0, len(split) - 1, *range(1, len(split) - 1))
-    moves = (("reshape", split), ("transpose", outs_first), ("reshape", kernel))
-    return factor, (*moves, ("transpose", _inverse(numbers.rhs_spec)))
-
-
-def _embedding(settings, shapes):
-    """The rule of looking up rows of a table; None for any other gather."""
-    numbers, table, indices = settings["dimension_numbers"], shapes[0], shapes[1]
-    mode = settings["mode"]
-    known = mode in (lax.GatherScatterMode.FILL_OR_DROP, lax.GatherScatterMode.CLIP)
-    known |= mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS
-    if (
-        not known
-        or tuple(numbers.collapsed_slice_dims) != (0,)
-        or tuple(numbers.start_index_map) != (0,)
-        or numbers.operand_batching_dims
-        or tuple(settings["slice_sizes"]) != (1, *table[1:])
-        or indices[-1:] != (1,)
-    ):
-        return None
-    lead = len(indices) - 1
-    offsets = tuple(numbers.offset_dims)
-    front = tuple(i for i in range(lead + len(offsets)) if i not in offsets)
-
-    def factor(weights, operands, cotangents):
-        index = operands[0].reshape(-1).astype(jnp.int32)
-        if mode == lax.GatherScatterMode.CLIP:
-            index = jnp.clip(index, 0, table[0] - 1)
-        right = cotangents[0].transpose(*front, *offsets)
-        return Rows(index, right.reshape(index.shape[0], -1))
-
-    return factor, (("reshape", table),)
-
-
-def _rows(table, sizes, starts):
-    """The rule of taking neighbouring rows of a table; None for any other slice."""
-    if not table or sizes[1:] != table[1:] or not isinstance(starts[0], _Data):
-        return None
-
-    def factor(weights, operands, cotangents):
-        first = jnp.clip(operands[0].astype(jnp.int32), 0, table[0] - sizes[0])
-        right = cotangents[0].reshape(sizes[0], -1)
-        return Rows(first + jnp.arange(sizes[0], dtype=jnp.int32), right)
-
-    return factor, (("reshape", table),)
-
-
-def _inverse(axes: Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.argsort(axes))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,10 @@ from jaxtyping import Array, Float, Key, PyTree
 from replay.artifact import KEY_IMPLEMENTATION
 from replay.data import Data
 from replay.errors import Grade, LogError, OrderError, printable
+from replay.execute import Reduced, SampleGradients, reduce
+from replay.grads.per_sample import MEMORY
+from replay.grads.reductions import Reduction, TopK
+from replay.grads.stream import check
 from replay.log import Log, thin
 from replay.order import Order
 from replay.program import Inputs, Program, State
@@ -315,25 +320,93 @@ class Run:
                 deviation=replayed.deviation,
             )
 
+    def reduce(
+        self,
+        *reductions: Reduction,
+        steps: slice | None = None,
+        strategy: str = "auto",
+        memory: int = MEMORY,
+        exact: bool = True,
+        progress: bool | None = None,
+    ) -> Reduced:
+        """Reduce the gradients of every sample at the weights it was trained at, in one replay.
+
+        Nothing is written to disk, and nothing feeds the trajectory; the gradients are computed by
+        the run's own archived programs.
+
+        Args:
+            *reductions: of `replay.reductions`, any number of them.
+            steps: which steps, without a stride; all by default.
+            strategy: `factored`, `scan` (one sample after the other), or `auto`: the one that was
+                measured to be faster on this machine.
+            memory: bytes that gradients may take before they are reduced.
+            exact: raise where the trajectory departs from the log; otherwise report it.
+            progress: whether to show a progress bar; by default where there is a terminal.
+
+        Raises:
+            ProgramError: the run holds no program for the gradient of one sample.
+            LogError, DataError, DivergenceError: as `trajectory`.
+
+        Example:
+            >>> found = run.reduce(replay.reductions.TopK(3), steps=slice(0, 100))  # doctest: +SKIP
+            >>> values, occurrences = found.answers[0]  # doctest: +SKIP
+            >>> run.samples_at(occurrences["Dense_0"]["kernel"])  # doctest: +SKIP
+        """
+        check(reductions)
+        start, stop, stride = (steps or slice(None)).indices(self.steps)
+        if stride != 1 or stop <= start:
+            raise OrderError(
+                f"steps {steps} of a run of {self.steps}",
+                why="samples are reduced in the order in which they were trained on",
+                fix="a slice of at least one step, without a stride",
+            )
+        gradients = SampleGradients(self.log, allow=self._allow, strategy=strategy, memory=memory)
+        with _progress("reducing", stop - start, progress) as report:
+            found = reduce(
+                self._replayer,
+                gradients,
+                reductions,
+                range(start, stop),
+                exact=exact,
+                progress=report,
+            )
+        pairs = zip(reductions, found.answers, strict=True)
+        return found._replace(answers=tuple(self._answer(*pair) for pair in pairs))
+
+    def samples_at(self, occurrences: Any) -> np.ndarray:
+        """Return the sample ids of occurrences (step · batch size + position); -1 stays -1."""
+        occurrences = np.asarray(occurrences)
+        ids = np.full(occurrences.shape, -1, np.int32)
+        known = occurrences >= 0
+        if known.any():
+            size = self.log.header.signature.batch_size
+            first = int(occurrences[known].min()) // size
+            last = int(occurrences.max()) // size
+            table = self.ids(first, last + 1).reshape(-1)
+            ids[known] = table[occurrences[known] - first * size]
+        return ids
+
     def verify(
         self, steps: int | slice | range | None = None, *, progress: bool | None = None
     ) -> Audit:
-        """Replay all or part of the run and compare every bit that the log has kept.
+        """Replay all or part of the run; compare the losses of each step and all stored states.
+
+        They are compared bit for bit. What a replay does not need is not read: the logged means,
+        metrics and times, and programs other than that of the step.
 
         Args:
-            steps: a step, or a slice or range of steps; whole segments are audited. None for all.
+            steps: a step, or a slice or range of steps; whole segments are audited, and negative
+                numbers count from the end. None for all.
             progress: whether to show a progress bar; by default where there is a terminal.
 
         Returns:
             The grade of every segment, where the replay departs from the run, and what differs
             in the machine.
+
+        Raises:
+            LogError: there are no such steps.
         """
-        if isinstance(steps, int):
-            steps = slice(steps, steps + 1)
-        if isinstance(steps, range):
-            steps = slice(steps.start, steps.stop, steps.step)
-        wanted = range(*(steps or slice(None)).indices(max(self.steps, 1)))
-        start, stop = min(wanted, default=0), max(wanted, default=-1) + 1
+        start, stop = (0, max(self.steps, 1)) if steps is None else self._bounds(steps)
         edges = sorted({*self.log.durable.checkpoints, self.steps})
         total = sum(b - a for a, b in zip(edges, edges[1:], strict=False) if b > start and a < stop)
         begun = time.perf_counter()
@@ -384,6 +457,25 @@ class Run:
             f"{len(durable.checkpoints)} stored states, {self.grade}>"
         )
 
+    def _bounds(self, steps: int | slice | range) -> tuple[int, int]:
+        """Return the first of some steps, and the step after the last."""
+        asked = str(steps)
+        if isinstance(steps, slice):
+            asked = ":".join("" if x is None else str(x) for x in (steps.start, steps.stop))
+            steps = range(*steps.indices(self.steps))
+        elif not isinstance(steps, range):
+            steps = range(operator.index(steps), operator.index(steps) + 1)
+        there = bool(steps) and -self.steps <= min(steps) and max(steps) < self.steps
+        if not there:
+            raise LogError(
+                f"{self.path} has {f'steps 0 to {self.steps - 1}' * bool(self.steps) or 'no steps'}"
+                f", not {asked}",
+                why="an audit that compares nothing establishes nothing",
+                fix="run.verify() audits all there is, run.verify(-1) the end of it",
+            )
+        numbers = [number + self.steps * (number < 0) for number in steps]
+        return min(numbers), max(numbers) + 1
+
     def _lift(self, raw: Sequence[Any]) -> Any:
         leaves = self.log.header.signature.state
         lifted = lift(raw, leaves, self._tree)
@@ -397,6 +489,13 @@ class Run:
         if self._data is not None and self._data.tree is not None:
             return jax.tree.unflatten(self._data.tree, leaves)
         return nest([leaf.path for leaf in self.log.header.signature.batch], leaves)
+
+    def _answer(self, reduction: Reduction, answer: Any) -> Any:
+        if not isinstance(answer, list):
+            return answer
+        if isinstance(reduction, TopK):
+            return tuple(self._grads(part) for part in zip(*answer, strict=True))
+        return self._grads(answer)
 
     def _grads(self, leaves: Sequence[Any]) -> Any:
         if self._tree is not None:
@@ -418,13 +517,12 @@ def _namedtuple(fields: tuple[str, ...]) -> Any:
 
 def _embedded(log: Log, tree: Any) -> Data:
     """Return the data that lies in a run, read when it is first asked for."""
-    loaded: list[Data] = []
-    paths = [leaf.path for leaf in log.header.signature.batch]
+    loaded: list[np.ndarray] = []
 
     def read(ids: np.ndarray) -> list[np.ndarray]:
-        if not loaded:
-            loaded.append(Data.of_leaves(log.embedded(), paths))
-        return loaded[0].leaves(ids)
+        if not loaded:  # taken as they are: they may have 64 bits, which JAX need not keep here
+            loaded.extend(log.embedded())
+        return [array.take(ids, axis=0) for array in loaded]
 
     samples = log.header.arrays["data"][0].shape[0]
     return Data(log.header.signature.batch, tree, samples, read)

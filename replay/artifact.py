@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,9 @@ from replay.program import Inputs, Program
 from replay.tree import Leaf, describe, lift, lower
 
 # The versioned table of what may stand in `program/`. A reader refuses a version it does not know.
-VERSIONS = dict.fromkeys(("step", "block", "gradient", "update", "losses", "sample_gradient"), 1)
+VERSIONS: dict[str, int] = dict.fromkeys(
+    ("step", "block", "gradient", "update", "losses", "sample_gradient", "factors"), 1
+)
 
 KEY_IMPLEMENTATION = "threefry2x32"
 
@@ -47,6 +49,8 @@ ALLOWED_CALLS = frozenset(
         for f in ("lu_pivots_to_permutation", "threefry2x32_ffi")
     }
 )
+
+_SYMBOL = re.compile(r'@("[^"]*"|[\w.$-]+)')
 
 # No custom calls, but they wait for ever for something that this process does not send.
 _WAITING = {f"stablehlo.{name}" for name in ("infeed", "outfeed", "send", "recv")}
@@ -85,7 +89,7 @@ class Signature:
 
     @property
     def programs(self) -> tuple[str, ...]:
-        """Name of the trajectory program: the only one that may move the state."""
+        """Names of the trajectory programs, at present one: what alone may move the state."""
         return ("block",) if self.block else ("step",)
 
     def arguments(self, name: str) -> list[jax.ShapeDtypeStruct]:
@@ -151,7 +155,13 @@ class Signature:
 
 
 def trace(
-    program: Program, state: Any, examples: Any, *, batch_size: int, block: int = 0
+    program: Program,
+    state: Any,
+    examples: Any,
+    *,
+    batch_size: int,
+    block: int = 0,
+    more: Mapping[str, Callable[[Any, Inputs], list[Any]]] | None = None,
 ) -> tuple[Signature, dict[str, export.Exported]]:
     """Export every program of a run.
 
@@ -161,6 +171,7 @@ def trace(
         examples: a batch of the data, leaves with a leading axis of any length.
         batch_size: B.
         block: steps in one call of the block program; 0 for dispatch by step.
+        more: programs by name that observe a step: `function(state, inputs) -> leaves`.
 
     Raises:
         ProgramError: the program cannot be exported, or a step changes the form of its state.
@@ -269,12 +280,20 @@ def trace(
                 return lower(sample_gradient(state, inputs, position))
 
             exported["sample_gradient"] = _export(gradient_at, signature, "sample_gradient")
+        for name, function in (more or {}).items():
+
+            def observe(*raw, function=function):
+                return function(as_state(raw[:count]), as_inputs(*raw[count:]))
+
+            exported[name] = _export(observe, signature, name)
     return signature, exported
 
 
 def _export(function, signature, name):
+    jitted, arguments = jax.jit(function), signature.arguments(name)
+    jitted.trace(*arguments)  # what is wrong with the user's own code is said as it is
     try:
-        return export.export(jax.jit(function))(*signature.arguments(name))
+        return export.export(jitted)(*arguments)
     except (NotImplementedError, ValueError) as error:
         raise ProgramError(
             f"the {name} program cannot be exported: {str(error).splitlines()[0]}",
@@ -335,11 +354,40 @@ def _check_results(signature: Signature) -> None:
 
 
 def text(exported: export.Exported) -> str:
-    """Return the StableHLO of a program without debug locations."""
+    """Return the StableHLO of a program, equal for equal computations.
+
+    Debug locations are left out, and functions are named by their content: whether equal ones are
+    shared, and by which numbers they are told apart, depends on what JAX has traced before.
+    """
     with ir.Context() as context:
         stablehlo.register_dialect(context)
         module = mlir.deserialize_portable_artifact(exported.mlir_module_serialized, context)
-        return module.operation.get_asm(enable_debug_info=False)
+        functions = {
+            ir.StringAttr(function.attributes["sym_name"]).value: function.operation.get_asm(
+                enable_debug_info=False
+            )
+            for function in module.body.operations
+        }
+    names: dict[str, str] = {}
+    bodies: dict[str, str] = {}
+
+    def name_of(function: str) -> str:
+        if function not in names:
+            names[function] = function  # in case it calls itself, as no program of ours does
+
+            def named(found: re.Match) -> str:
+                symbol = found[1].strip('"')
+                if symbol == function:
+                    return "@"
+                return f"@{name_of(symbol)}" if symbol in functions else found[0]
+
+            body = _SYMBOL.sub(named, functions[function])
+            names[function] = sha256(body.encode())[:32]
+            bodies.setdefault(names[function], body)
+        return names[function]
+
+    name_of("main")
+    return "\n".join(bodies.values())
 
 
 def text_hash(exported: export.Exported) -> str:
@@ -348,7 +396,12 @@ def text_hash(exported: export.Exported) -> str:
 
 
 def load(
-    name: str, data: bytes, signature: Signature, *, allow: Sequence[str] | None = ()
+    name: str,
+    data: bytes,
+    signature: Signature,
+    *,
+    allow: Sequence[str] | None = (),
+    results: Sequence[jax.ShapeDtypeStruct] | None = None,
 ) -> export.Exported:
     """Read a program that nobody vouches for; nothing is executed.
 
@@ -358,6 +411,7 @@ def load(
         signature: the leaves it must take and return.
         allow: custom calls to accept besides `ALLOWED_CALLS`; None to accept all, for a program
             that this very process (or its parent) has made or checked.
+        results: what it must return, where the signature does not say so.
 
     Raises:
         LogError: the bytes are not an exported program, or not one of this signature.
@@ -381,7 +435,8 @@ def load(
             "numerical routines of jaxlib are allowed",
             fix=f"if you trust who recorded it: replay.open(path, allow={unknown!r})",
         )
-    arguments, results = signature.arguments(name), signature.results(name)
+    arguments = signature.arguments(name)
+    results = signature.results(name) if results is None else results
     structure = jax.tree.structure((tuple(arguments), {}))
     if (
         exported.in_tree != structure

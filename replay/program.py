@@ -1,8 +1,8 @@
 """What is trained: pure functions from (state, inputs) to losses, gradients and the next state.
 
 The training loss of a step is `sum(w_i * l_i) / B`, with the sample weights `w` an ordinary
-input. A step is two functions, `gradient` and `update`: between them the gradients are arrays
-that anybody may look at without changing what is computed.
+input. A step is two functions, `gradient` and `update`, which become one executable with a barrier
+between them: what is returned as the gradients is what was used, whoever looks at it.
 """
 
 import dataclasses
@@ -81,8 +81,8 @@ class Program:
         name: shown by `replay show`.
 
     Raises:
-        ProgramError: the optimizer evaluates the loss itself (L-BFGS, line searches), or a
-            parameter is not a floating point array.
+        ProgramError: the optimizer is none, or evaluates the loss itself (L-BFGS, line
+            searches), or a parameter is not a floating point array.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -99,6 +99,7 @@ class Program:
     update: Callable[[Any, Any, Any, Any], Any]
     losses: Callable[[Any, Inputs], Any] | None
     sample_gradient: Callable[[Any, Inputs, Any], Any] | None
+    sample_loss: Callable[[Any, Any, Any], Any] | None
     name: str
     batched: bool
 
@@ -111,6 +112,12 @@ class Program:
         batched: bool = False,
         name: str | None = None,
     ):
+        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+            raise ProgramError(
+                f"the optimizer is {_name(optimizer)}, without init and update",
+                why="a step asks it for the update of the weights",
+                fix="call what makes it: optax.adam(1e-3), not optax.adam",
+            )
         start = init if callable(init) else lambda key: jax.tree.map(jnp.asarray, init)
         optimizer = optax.with_extra_args_support(optimizer)
         batch_losses = _coupled(loss) if batched else _separate(loss)
@@ -149,8 +156,18 @@ class Program:
 
             return jax.grad(one)(state.params)
 
+        def sample_loss(params, example, key):
+            return _scalar(loss(params, example, key))[0]
+
         self._set(
-            init_state, gradient, update, losses_of, sample_gradient, name or _name(loss), batched
+            init_state,
+            gradient,
+            update,
+            losses_of,
+            sample_gradient,
+            None if batched else sample_loss,
+            name or _name(loss),
+            batched,
         )
         _check_optimizer(optimizer, _shapes(init_state).params)
 
@@ -182,7 +199,9 @@ class Program:
             ProgramError: the state has no field `params`, or a parameter is not floating point.
         """
         program = cls.__new__(cls)
-        program._set(init, gradient, update, losses, sample_gradient, name or _name(gradient), True)
+        program._set(
+            init, gradient, update, losses, sample_gradient, None, name or _name(gradient), True
+        )
         state = _shapes(init)
         if not (hasattr(state, "_fields") and "params" in state._fields):
             raise ProgramError(

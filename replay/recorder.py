@@ -1,6 +1,7 @@
 """How a recording begins: what is checked, written and compiled before the first step."""
 
 import contextlib
+import operator
 import os
 import reprlib
 import time
@@ -17,10 +18,11 @@ from replay.artifact import KEY_IMPLEMENTATION, VERSIONS, Signature
 from replay.checkpoints import Checkpoints, Schedule
 from replay.data import Data, checksum
 from replay.errors import DataError, IdentityError, LogError, OrderError, ProgramError
+from replay.grads.archive import Tapped, tapped
 from replay.identity import environment, sha256
 from replay.log import HEADER, Header, Log, clear_torn, create, discard_unborn, layouts
 from replay.order import Order
-from replay.program import Program, init_key
+from replay.program import Inputs, Program, init_key
 from replay.recording import Recording
 from replay.selftest import SelfTest
 from replay.store import Place
@@ -144,7 +146,7 @@ class Recorder:
         self._exit = contextlib.ExitStack()
         self._recording: Recording | None = None
         self._pending: Stretch | None = None
-        self._unchecked = False
+        self._unchecked = self._entered = False
 
     @property
     def step(self) -> int:
@@ -196,7 +198,7 @@ class Recorder:
                     why="metrics are columns with one number for a step",
                     fix="log scalars; arrays can be recomputed from the run at any time",
                 )
-        self._open().measure(values)
+        self._under_way().measure(values)
 
     def advance(self, steps: int | None = None) -> bool:
         """Train for some steps, or to the end of the order.
@@ -210,11 +212,13 @@ class Recorder:
                 why="it was made without data, to be fed",
                 fix="for batch in loader: recorder.feed(batch)",
             )
-        recording = self._open()
-        begin = recording.step
-        target = len(self._order) if steps is None else min(begin + steps, len(self._order))
+        recording = self._under_way()
+        begin, total = recording.step, len(self._order)
+        target = total if steps is None else min(begin + operator.index(steps), total)
         while recording.step < target:
-            stretch = self._pending if self._pending is not None else next(self._staged)
+            stretch = self._pending if self._pending is not None else next(self._staged, None)
+            if stretch is None:
+                raise self._interrupted()
             stretch, rest = stretch.split(min(stretch.size, target - recording.step))
             self._pending = rest if rest.size else None
             recording.execute(stretch)
@@ -244,12 +248,13 @@ class Recorder:
                 fix="recorder.advance(), or make the recorder without data and order",
             )
         fed = Data.of(batch)
-        if self._recording is None:
+        if self._entered and self._recording is None:
             self._begin(fed, len(fed))
             each = len(fed) * sum(leaf.nbytes for leaf in fed.spec)
             print(f"replay: every batch is kept in {self.path}, {each:,} bytes before compression")
         elif self._unchecked:
-            check_program(self._program, self._recording.log, fed)
+            check_program(self._program, self._under_way().log, fed)
+        recording = self._under_way()
         self._unchecked = False
         size, step = self._signature.batch_size, self.step
         if fed.spec != self._signature.batch or len(fed) != size:
@@ -280,11 +285,12 @@ class Recorder:
             )
         rows, factors = rows.astype(np.int32)[None], None if factors is None else factors[None]
         leaves = [leaf[None] for leaf in fed.leaves(np.arange(size))]
-        self._open().execute(Stretch(step, 0, 1, rows, factors, leaves))
+        recording.execute(Stretch(step, 0, 1, rows, factors, leaves))
 
     def __enter__(self) -> "Recorder":
         """Lock the run and write all that is known before the first step."""
         self._exit.enter_context(self._place.lock())
+        self._recording, self._pending = None, None
         try:
             if self._resume:
                 discard_unborn(self._place)
@@ -295,10 +301,12 @@ class Recorder:
         except BaseException:
             self._exit.close()
             raise
+        self._entered = True
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         """Store the state reached and wait until the log is durable."""
+        self._entered = False
         try:
             if self._recording is not None:
                 self._recording.close(complete=kind is None)
@@ -317,7 +325,26 @@ class Recorder:
                 fix="with replay.Recorder(...) as recorder: ..."
                 + ("" if self._order else " and feed a first batch"),
             )
+        if not self._recording.intact:
+            raise self._interrupted()
         return self._recording
+
+    def _under_way(self) -> Recording:
+        if not self._entered and self._recording is not None:
+            raise LogError(
+                f"{self.path} is no longer being recorded",
+                why="its recorder has given up the lock and the thread that write to it",
+                fix="take it up again: with replay.Recorder(..., resume=True) as recorder: ...",
+            )
+        return self._open()
+
+    def _interrupted(self) -> LogError:
+        return LogError(
+            f"{self.path}: what follows state {self.step} was interrupted half way",
+            why="a batch that could not be read, or steps of which nobody knows how many were "
+            "taken, would be missing from the run",
+            fix="leave the with block and take the run up again with resume=True",
+        )
 
     def _begin(self, data: Data | None, batch_size: int) -> None:
         if self._resume and self._place.size(HEADER) is not None:
@@ -360,8 +387,13 @@ class Recorder:
         each = batch_size * sum(leaf.nbytes for leaf in data.spec)
         block = steps_at_once(each) if self._by_block else 0
 
+        factors = _factors_of(self._program, state, example, batch_size)
+        more = {} if factors is None else {"factors": factors}
+
         def trace():
-            return artifact.trace(self._program, state, example, batch_size=batch_size, block=block)
+            return artifact.trace(
+                self._program, state, example, batch_size=batch_size, block=block, more=more
+            )
 
         self._signature, exported = trace()
         self._tree, leaves = jax.tree.structure(state), lower(state)
@@ -376,6 +408,8 @@ class Recorder:
             | {"text": texts[name], "optimized": optimized.get(name)}
             for name, file in files.items()
         }
+        if factors is not None:
+            programs["factors"]["table"] = factors.table
         steps = len(order) if order is not None else _MOST_FED_STEPS
         header = Header(
             name=self._program.name,
@@ -521,6 +555,20 @@ def check_program(program: Program, log: Log, data: Data) -> None:
             fix="open the run without program=: it carries its own; or check out the code (and "
             "the versions of jax, flax and optax) that recorded it",
         )
+
+
+def _factors_of(program: Program, state: Any, example: Any, batch_size: int) -> Tapped | None:
+    """Return the factors of per-sample gradients, as a function that observes a step."""
+
+    def inputs(key, batch):
+        weights = jnp.ones(batch_size, jnp.float32)
+        return Inputs.fold(key, jnp.uint32(0), jnp.zeros(batch_size, jnp.int32), weights, batch)
+
+    rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), example
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0, impl=KEY_IMPLEMENTATION))
+    return tapped(program, state, jax.eval_shape(inputs, key, rows))
 
 
 def _first_difference(here: Signature, there: Signature) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -77,6 +78,11 @@ class Segment:
     error: str | None = None
 
 
+def _reason(segment: Segment) -> tuple[Grade, str]:
+    """Return the grade of a segment and why it has none better."""
+    return segment.grade, str(segment.error or segment.divergence or segment.grade.value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Audit:
     """The result of comparing a replay with its run.
@@ -112,12 +118,13 @@ class Audit:
             f"{self.steps:,} steps in {len(self.segments)} segments ({part} of {self.run}), "
             f"{self.seconds:.1f} s",
         ]
-        bad = [segment for segment in self.segments if segment.grade is not Grade.BITWISE]
-        for segment in bad[:10]:
-            why = segment.error or segment.divergence or segment.grade.value
-            lines.append(f"  states {segment.start} to {segment.stop}: {segment.grade}: {why}")
-        if len(bad) > 10:
-            lines.append(f"  and {len(bad) - 10} more segments")
+        groups = itertools.groupby(self.segments, _reason)
+        bad = [(*why, [*alike]) for why, alike in groups if why[0] is not Grade.BITWISE]
+        for grade, why, (first, *others) in bad[:10]:
+            last = others[-1] if others else first
+            lines.append(f"  states {first.start} to {last.stop}: {grade}: {why}")
+        if more := sum(len(alike) for *_, alike in bad[10:]):
+            lines.append(f"  and {more} more segments")
         for name, (then, now) in self.differences.items():
             lines.append(f"  {name}: recorded with {then!r}, here {now!r}")
         return "\n".join(map(printable, lines))
@@ -134,6 +141,7 @@ class Replayed(NamedTuple):
         weights: `float32[batch]`.
         batch: leaves `[batch, ...]`.
         deviation: largest deviation from the log met so far; 0 while every bit agrees.
+        closed: the last state whose digest has agreed.
     """
 
     executed: Executed
@@ -141,6 +149,7 @@ class Replayed(NamedTuple):
     weights: np.ndarray
     batch: Sequence[np.ndarray]
     deviation: float
+    closed: int
 
 
 class Replayer:
@@ -259,7 +268,9 @@ class Replayer:
                     if executed.start >= start:
                         weights = ones if stretch.weights is None else stretch.weights[row]
                         batch = [leaf[row] for leaf in stretch.batch]
-                        yield Replayed(executed, stretch.ids[row], weights, batch, deviation)
+                        yield Replayed(
+                            executed, stretch.ids[row], weights, batch, deviation, walk.closed
+                        )
             if walk.divergence is None:
                 continue
             divergence = walk.divergence

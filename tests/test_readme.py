@@ -37,9 +37,17 @@ def test_the_first_program_prints_what_the_readme_shows(tmp_path):
 
 
 def test_per_sample_gradients_are_explained(tmp_path):
-    printed = run(PROGRAMS[4], tmp_path)
-    assert "rule     dot_general" in printed
+    printed = run(PROGRAMS[4] + PROGRAMS[5] + "print(occurrences['w'].shape)", tmp_path)
+    assert "rule     factored dot_general" in printed
     assert "(64, 10)" in printed
+    assert "(5, 64, 10)" in printed
+
+
+def test_a_recorded_run_is_asked_about_the_samples_it_has_seen(tmp_path):
+    *_, samples, grade = run(PROGRAMS[0] + PROGRAMS[6], tmp_path).splitlines()
+    assert re.fullmatch(r"\[ *\d+ +\d+ +\d+\]", samples)
+    assert grade.startswith("BITWISE ")
+    assert float(grade.split()[1]) < 1e-5
 
 
 @pytest.mark.parametrize("number", [1, 2, 3], ids=["linen", "grain", "hugging face"])

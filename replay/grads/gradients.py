@@ -15,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from replay.grads.taps import Factor, Meeting, Moves, Outer, Rows, Whole, move
+from replay.grads.factors import Factor, Moves, Outer, Rows, Whole, move
+from replay.grads.taps import Meeting
+from replay.kernels import square_sum, top_k
+
+# What can be asked of one element of a gradient.
+OF: dict[str, Callable[[Any], Any]] = {
+    "value": lambda g: g,
+    "magnitude": jnp.abs,
+    "square": jnp.square,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +92,7 @@ def plan(
     offsets = np.cumsum([0] + [math.prod(x.shape) for x in structs])
     tensors = []
     for number, (struct, path) in enumerate(zip(structs, paths, strict=True)):
-        mine = tuple(i for i, meeting in enumerate(meetings) if number in meeting.leaves)
+        mine = [i for i, meeting in enumerate(meetings) if number in meeting.leaves]
         form = Form(tuple(struct.shape), str(struct.dtype), "factors")
         reason = ""
         if not mine:
@@ -97,7 +106,7 @@ def plan(
         elif (source := meetings[mine[0]].source) is None:
             reason = "it is combined with other values before it meets the data"
         else:
-            flat = source.reshape(-1)
+            flat = np.asarray(source).reshape(-1)
             inside = np.flatnonzero((flat >= offsets[number]) & (flat < offsets[number + 1]))
             elements = flat[inside] - offsets[number]
             if len(np.unique(elements)) < len(elements):
@@ -115,7 +124,7 @@ def plan(
                     places=None if same else places.tobytes(),
                     alone=len(meetings[mine[0]].leaves) == 1,
                 )
-        tensors.append(Tensor(path, form, mine, reason))
+        tensors.append(Tensor(path, form, tuple(mine), reason))
     return tuple(tensors)
 
 
@@ -181,18 +190,23 @@ class Gradients:
         """Return all dot products with the gradients of other samples, `[samples, others]`."""
         return other.map(self.dots).T
 
-    def total(self, function: Callable[[Any], Any]) -> Any:
-        """Return the sum over samples of a function of each element, in the layout.
-
-        The function is multiplicative, f(xy) = f(x) f(y), as the identity, |x| and x² are.
-        """
+    def total(self, of: str) -> Any:
+        """Return the sum over samples of what `OF` names, in the layout."""
         blank = jnp.zeros(self.layout, self.form.wide)
-        return self.fold(lambda total, gradient: total + function(gradient), blank)
+        return self.fold(lambda total, gradient: total + OF[of](gradient), blank)
 
-    def largest(self, function: Callable[[Any], Any]) -> Any:
-        """Return the largest value over samples of a function of each element, in the layout."""
+    def largest(self, of: str, sign: int = 1) -> Any:
+        """Return the largest over samples of `sign` times what `OF` names, in the layout."""
         blank = jnp.full(self.layout, -jnp.inf, self.form.wide)
-        return self.fold(lambda best, gradient: jnp.maximum(best, function(gradient)), blank)
+        return self.fold(lambda best, g: jnp.maximum(best, sign * OF[of](g)), blank)
+
+    def kernel_factors(self) -> Outer | None:
+        """Return the gradients as factors in float32, where a kernel can read them.
+
+        `left` is `[samples, b, t, i]` and `right` `[samples, b, t, j]`; `b · i · j` is the size of
+        the layout.
+        """
+        return None
 
 
 def settle(form: Form, layout: tuple[int, ...], result: Any) -> Any:
@@ -252,13 +266,19 @@ class Materialised(Gradients):
             return self._rows.reshape(self.size, -1) @ other._rows.reshape(other.size, -1).T
         return super().gram(other)
 
-    def total(self, function: Callable[[Any], Any]) -> Any:
-        """Return the sum over samples of a function of each element."""
-        return function(self._rows).sum(axis=0)
+    def total(self, of: str) -> Any:
+        """Return the sum over samples of what `OF` names."""
+        return OF[of](self._rows).sum(axis=0)
 
-    def largest(self, function: Callable[[Any], Any]) -> Any:
-        """Return the largest value over samples of a function of each element."""
-        return function(self._rows).max(axis=0)
+    def largest(self, of: str, sign: int = 1) -> Any:
+        """Return the largest over samples of `sign` times what `OF` names."""
+        return (sign * OF[of](self._rows)).max(axis=0)
+
+    def kernel_factors(self) -> Outer | None:
+        """Return the rows, each times one."""
+        if self.form.wide != jnp.float32:
+            return None
+        return Outer(*top_k.from_rows(self._rows.reshape(self.size, -1)))
 
 
 class Factored(Gradients):
@@ -329,18 +349,36 @@ class Factored(Gradients):
 
     def gram(self, other: Gradients) -> Any:
         """Return all dot products with the gradients of other samples, `[samples, others]`."""
-        if isinstance(other, Factored) and self.form.alone and self.rank_one and other.rank_one:
-            mine, theirs = self.outer, other.outer
+        mine, theirs = self.outer, other.outer if isinstance(other, Factored) else None
+        one = self.rank_one and isinstance(other, Factored) and other.rank_one
+        if one and self.form.alone and mine is not None and theirs is not None:
             lefts = jnp.einsum("nbti,mbti->nmb", mine.left, theirs.left)
             rights = jnp.einsum("nbti,mbti->nmb", mine.right, theirs.right)
             return jnp.einsum("nmb,nmb->nm", lefts, rights)
         return super().gram(other)
 
-    def total(self, function: Callable[[Any], Any]) -> Any:
-        """Return the sum over samples of a function of each element, in the layout."""
-        if not self.rank_one or self.layout == self.form.shape:
-            return super().total(function)
-        return jnp.einsum("nbti,nbtj->bij", function(self.outer.left), function(self.outer.right))
+    def total(self, of: str) -> Any:
+        """Return the sum over samples of what `OF` names, in the layout."""
+        if self.outer is None or self.form.places is not None:
+            return super().total(of)
+        left, right = self.outer
+        if of == "value":
+            return jnp.einsum("nbti,nbtj->bij", left, right)
+        blank = jnp.zeros(self.layout, self.form.wide)
+        return square_sum.xla(blank, left, right, power={"magnitude": 1, "square": 2}[of])
+
+    def largest(self, of: str, sign: int = 1) -> Any:
+        """Return the largest over samples of `sign` times what `OF` names, in the layout."""
+        factors = self.kernel_factors()
+        if factors is None or of != "magnitude" or sign != 1:
+            return super().largest(of, sign)
+        return top_k.largest(*factors)
+
+    def kernel_factors(self) -> Outer | None:
+        """Return the factors, where the layout is that of their product."""
+        if self.form.places is not None or self.form.wide != jnp.float32:
+            return None
+        return self.outer
 
 
 class Combined(Gradients):

@@ -115,7 +115,8 @@ class PerSample:
 
             def rows(_, ours, numbers, partner=partner):
                 def columns(_, others, numbers):
-                    return None, sum(a.gram(b) for a, b in zip(ours, others, strict=True)).T
+                    products = [a.gram(b) for a, b in zip(ours, others, strict=True)]
+                    return None, sum(products[1:], products[0]).T
 
                 return None, theirs.visit(partner, columns, None)[1].T
 
@@ -475,7 +476,7 @@ class PerSample:
             rows = [jnp.arange(size, dtype=jnp.int32)]
             shared, shared_tree = jax.tree.flatten((model_state, batch, key, keys))
 
-            def loss(leaves, row, shared):
+            def batch_loss(leaves, row, shared):
                 context = jax.tree.unflatten(shared_tree, shared)
                 result = self._loss(jax.tree.unflatten(tree, leaves), *context)
                 losses = result[0] if isinstance(result, tuple) else result
@@ -487,13 +488,17 @@ class PerSample:
                         fix="return losses of shape [batch], or (losses, model_state)",
                     )
                 return losses[row[0]]
+
+            loss = batch_loss
         else:
             rows, row_tree = jax.tree.flatten((batch, keys))
             shared = []
 
-            def loss(leaves, row, shared):
+            def sample_loss(leaves, row, shared):
                 example = jax.tree.unflatten(row_tree, row)
                 return self._scalar(jax.tree.unflatten(tree, leaves), *example)
+
+            loss = sample_loss
 
         rows, shared = ([jnp.asarray(x) for x in part] for part in (rows, shared))
         problem = Problem(

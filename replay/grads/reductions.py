@@ -15,15 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from replay.errors import ProgramError
-from replay.grads.gradients import Form, Gradients, settle
+from replay.grads.factors import Outer
+from replay.grads.gradients import OF, Form, Gradients, settle
+from replay.kernels import top_k
 
 BLOCK_STEPS = 64
-
-_OF: dict[str, Callable[[Any], Any]] = {
-    "value": lambda g: g,
-    "magnitude": jnp.abs,
-    "square": jnp.square,
-}
 
 
 def _check(of: str, known: Sequence[str]) -> None:
@@ -50,7 +46,7 @@ class Sum:
 
     def step(self, state: Any, gradients: Gradients, occurrences: Any) -> Any:
         """Take some samples; `occurrences` are their numbers, `int32[samples]`."""
-        return state + gradients.total(_OF[self.of])
+        return state + gradients.total(self.of)
 
     def merge(self, first: Any, second: Any) -> Any:
         """Join the state of earlier samples with that of later ones."""
@@ -76,7 +72,7 @@ class Max:
 
     def step(self, state: Any, gradients: Gradients, occurrences: Any) -> Any:
         """Take some samples."""
-        return jnp.maximum(state, gradients.largest(_OF[self.of]))
+        return jnp.maximum(state, gradients.largest(self.of))
 
     def merge(self, first: Any, second: Any) -> Any:
         """Join the state of earlier samples with that of later ones."""
@@ -102,7 +98,7 @@ class Min:
 
     def step(self, state: Any, gradients: Gradients, occurrences: Any) -> Any:
         """Take some samples."""
-        return jnp.minimum(state, -gradients.largest(lambda g: -_OF[self.of](g)))
+        return jnp.minimum(state, -gradients.largest(self.of, -1))
 
     def merge(self, first: Any, second: Any) -> Any:
         """Join the state of earlier samples with that of later ones."""
@@ -119,7 +115,7 @@ class TopK:
 
     The answer is `(values, occurrences)`, `[k, *shape]` and `int32[k, *shape]`; an occurrence is
     step · batch size + position. `-inf` (`inf` for the smallest) and -1 where there are fewer than
-    `k` samples; NaN counts as the largest (the smallest) there is, and is returned as infinity.
+    `k` samples. NaN comes before all numbers, of several the earlier first, and stays NaN.
     """
 
     k: int = 1
@@ -142,12 +138,31 @@ class TopK:
 
     def step(self, state: Any, gradients: Gradients, occurrences: Any) -> Any:
         """Take some samples."""
-        return gradients.fold(self._insert, state, occurrences)
+        factors = gradients.kernel_factors()
+        if factors is None or not self.plain:
+            return gradients.fold(self._insert, state, occurrences)
+        return self._by_kernel(top_k.xla, state, factors, occurrences)
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is what the kernels compute: the largest magnitudes."""
+        return self.of == "magnitude" and not self.smallest
+
+    def step_on_host(self, state: Any, factors: Outer, occurrences: Any) -> Any:
+        """Take some samples by the compiled kernel, into numpy arrays that are changed in place."""
+        assert top_k.compiled is not None
+        return self._by_kernel(top_k.compiled, state, factors, occurrences)
+
+    def _by_kernel(self, kernel: Any, state: Any, factors: Outer, occurrences: Any) -> Any:
+        shape = state[0].shape
+        product = (self.k, factors.left.shape[1], factors.left.shape[3], factors.right.shape[3])
+        found = kernel(*(x.reshape(product) for x in state), *factors, occurrences)
+        return tuple(x.reshape(shape) for x in found)
 
     def merge(self, first: Any, second: Any) -> Any:
         """Join the state of earlier samples with that of later ones."""
         values, numbers = (jnp.concatenate(pair) for pair in zip(first, second, strict=True))
-        order = jnp.argsort(-values, axis=0, stable=True)[: self.k]
+        order = jnp.lexsort((-values, ~jnp.isnan(values)), axis=0)[: self.k]
         return tuple(jnp.take_along_axis(x, order, 0) for x in (values, numbers))
 
     def final(self, form: Form, layout: tuple[int, ...], state: Any) -> Any:
@@ -156,14 +171,14 @@ class TopK:
         return (-values if self.smallest else values), numbers
 
     def _rank(self, gradient: Any) -> Any:
-        values = _OF[self.of](gradient)
-        values = -values if self.smallest else values
-        return jnp.where(jnp.isnan(values), jnp.inf, values)
+        values = OF[self.of](gradient)
+        return -values if self.smallest else values
 
     def _insert(self, state: Any, gradient: Any, occurrence: Any) -> Any:
         values, numbers = state
         new = jnp.broadcast_to(self._rank(gradient), values.shape)
-        rank = jnp.broadcast_to(jnp.sum(values >= new, axis=0), values.shape)
+        stays = jnp.isnan(values) | (values >= new)
+        rank = jnp.broadcast_to(jnp.sum(stays, axis=0), values.shape)
         place = lax.broadcasted_iota(rank.dtype, values.shape, 0)
         above = jnp.concatenate([values[:1], values[:-1]])
         whose = jnp.concatenate([numbers[:1], numbers[:-1]])

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 
 from replay.errors import ProgramError
-from replay.grads.gradients import Form, Gradients
-from replay.grads.reductions import BLOCK_STEPS, Blocks, Column, Dot, Norm, Reduction
+from replay.grads.gradients import Form
+from replay.grads.reductions import BLOCK_STEPS, Blocks, Column, Dot, Norm, Reduction, TopK
 from replay.grads.sources import Group, gradients_of
+from replay.kernels import top_k
 
 
 class Stream:
@@ -97,14 +98,22 @@ class _Cell:
         self._step = _step(reduction, group, number)
         self._blocks = Blocks(_merge(reduction))
         self._layout: tuple[int, ...] | None = None
+        self._on_host = False
         self._state: Any = None
 
     def take(self, payload: Any, leaves: Sequence[Any], occurrences: Any) -> None:
         if self._layout is None:
-            self._layout = _layout(self._group, self._number, payload, leaves)
+            look = _layout(self._reduction, self._group, self._number)
+            self._layout, self._on_host = look(payload, leaves)
         if self._state is None:
             self._state = _init(self._reduction, self._layout, str(self._form.wide))()
-        self._state = self._step(self._state, payload, leaves, occurrences)
+            if self._on_host:
+                self._state = tuple(np.array(x) for x in self._state)
+        if self._on_host:
+            factors = gradients_of(self._form, payload).kernel_factors()
+            self._state = self._reduction.step_on_host(self._state, factors, occurrences)
+        else:
+            self._state = self._step(self._state, payload, leaves, occurrences)
 
     def close(self, block: int | None) -> None:
         if self._state is not None and block is not None:
@@ -175,15 +184,29 @@ def _final(reduction: Any, form: Form, layout: tuple[int, ...]) -> Callable[[Any
     return jax.jit(lambda state: reduction.final(form, layout, state))
 
 
-def _layout(group: Group, number: int, payload: Any, leaves: Sequence[Any]) -> tuple[int, ...]:
-    found: list[Gradients] = []
+def _layout(reduction: Any, group: Group, number: int) -> Callable[..., tuple]:
+    """Return a function of a payload to the layout, and whether a compiled kernel takes it.
 
-    def probe(payload, leaves):
-        found.append(group.gradients(number, payload, leaves))
-        return 0
+    It does where a gradient is one product, or exists already: of sums over time XLA's matrix
+    products are faster.
+    """
 
-    jax.eval_shape(probe, payload, leaves)
-    return found[0].layout
+    def look(payload: Any, leaves: Sequence[Any]) -> tuple[tuple[int, ...], bool]:
+        found: list[tuple[tuple[int, ...], bool]] = []
+
+        def probe(payload, leaves):
+            gradients = group.gradients(number, payload, leaves)
+            factors = gradients.kernel_factors()
+            short = factors is not None and factors.left.shape[2] == 1
+            found.append((gradients.layout, short))
+            return 0
+
+        jax.eval_shape(probe, payload, leaves)
+        layout, short = found[0]
+        plain = isinstance(reduction, TopK) and reduction.plain and top_k.compiled is not None
+        return layout, plain and short and jax.default_backend() == "cpu"
+
+    return look
 
 
 def check(reductions: Sequence[Any]) -> None:

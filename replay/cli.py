@@ -26,16 +26,17 @@ from rich.text import Text
 
 from replay import demo, report
 from replay.api import Run, open
-from replay.errors import Grade, LogError, ReplayError, printable
+from replay.errors import DataError, Grade, LogError, ReplayError, printable
 from replay.identity import sha256
 from replay.log import HEADER, JOURNAL
 from replay.replaying import Audit
-from replay.tree import lower, paths
+from replay.tree import lower, nest, paths
 
 _STYLES = {Grade.BITWISE: "green", Grade.NUMERIC: "yellow", Grade.FAILED: "red"}
 _MOST_TENSORS = 20
 
 _Where = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+_Samples = Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE.npz")]
 
 app = tyro.extras.SubcommandApp()
 
@@ -176,8 +177,12 @@ def show(run: _Where) -> int:
 
 
 @app.command
-def verify(run: _Where, steps: Annotated[str, tyro.conf.arg(metavar="A:B")] = ":") -> int:
-    """Replay a run and compare every bit that its log has kept.
+def verify(
+    run: _Where,
+    steps: Annotated[str, tyro.conf.arg(metavar="A:B")] = ":",
+    data: _Samples = None,
+) -> int:
+    """Replay a run and compare the losses of its steps and its stored states, bit for bit.
 
     Exits with 0 if the run is BITWISE, else with 1. The audit of a whole run is remembered, in
     your own cache directory and never in the run, for `replay show` and `replay ls`.
@@ -187,9 +192,16 @@ def verify(run: _Where, steps: Annotated[str, tyro.conf.arg(metavar="A:B")] = ":
     Args:
         run: the run directory, or the URL of a key-value store
         steps: which steps; whole segments between stored states are audited
+        data: the samples of a run that does not hold them, as numpy.savez(FILE, x=..., y=...) does
     """
-    wanted = _slice(steps)
-    recorded = open(run)
+    wanted = None if steps == ":" else _slice(steps)
+    recorded = _open_with(run, data)
+    if recorded.log.header.data == "external" and data is None:
+        raise DataError(
+            f"{recorded.path} does not hold its data, and none was given",
+            why="every step is replayed on the batch it was trained on",
+            fix=f"replay verify {recorded.path} --data data.npz, written by numpy.savez",
+        )
     audit = recorded.verify(wanted)
     _remember(recorded, audit)
     verdict, *rest = str(audit).split("\n")
@@ -204,6 +216,7 @@ def state(
     step: Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="STEP")],
     out: pathlib.Path,
     force: bool = False,
+    data: _Samples = None,
 ) -> int:
     """Write any state of a run to a file for numpy, whether it was stored or not.
 
@@ -217,9 +230,10 @@ def state(
         step: the state before this step; -1 is the last state
         out: the file to write
         force: replace the file if it exists
+        data: the samples of a run that does not hold them, as numpy.savez(FILE, x=..., y=...) does
     """
     _check_target(out, replace=force)
-    recorded = open(run)
+    recorded = _open_with(run, data)
     tree = recorded.state(step)
     arrays, notes = {}, {}
     for path, array in zip(paths(tree), map(np.asarray, lower(tree)), strict=True):
@@ -278,6 +292,25 @@ def thin(run: _Where, keep: int) -> int:
     freed = decimal(before - sum(recorded.log.place.list().values()))
     _say(f"{len(dropped):,} stored states given up, {freed} freed; left: {_states(recorded)}")
     return 0
+
+
+def _open_with(run: str, data: pathlib.Path | None) -> Run:
+    """Open a run, with its samples from a file of numpy's where one is given."""
+    if data is None:
+        return open(run)
+    try:
+        with data.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.ndarray):
+                loaded = {name: loaded[name] for name in loaded.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{data} cannot be read: {str(error).partition('. ')[0]}",
+            why="samples are read from what numpy writes, one array for each leaf, by its path",
+            fix='numpy.savez("data.npz", x=..., y=...), or numpy.save for a single array',
+        ) from error
+    named = isinstance(loaded, dict)
+    return open(run, data=nest(list(loaded), list(loaded.values())) if named else loaded)
 
 
 def _slice(steps: str) -> slice:

@@ -94,7 +94,7 @@ class Data:
         paths: Sequence[str] | None = None,
         tree: Any = None,
     ) -> "Data":
-        """Build data from flat leaves, as they are restored from a run.
+        """Build data from flat leaves.
 
         Args:
             leaves: arrays `[samples, ...]`; their order is kept.

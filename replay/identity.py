@@ -6,13 +6,14 @@ steps are the finalisers `lowbias32` (Wellons, 2018) and SplitMix64 (Steele, Lea
 2014). They detect accidents; they are not meant to resist someone who forges a run.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
 import pathlib
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +44,14 @@ NUMERIC_FLAGS = (
     "xla_gpu_enable_cublaslt",
 )
 
+_OF_A_THREAD = (
+    "enable_x64",
+    "default_matmul_precision",
+    "default_prng_impl",
+    "numpy_dtype_promotion",
+    "numpy_rank_promotion",
+    "threefry_partitionable",
+)
 
 # No multiple of 8, the bytes of one leaf in a full fingerprint: the two never look alike.
 SHORT_DIGEST = 12
@@ -108,7 +117,7 @@ def witness(losses: np.ndarray) -> np.ndarray:
     """Hash the losses of each batch.
 
     Args:
-        losses: floating point `[steps, batch]`, as they left the gradient program.
+        losses: floating point `[steps, batch]`, as they left the program of a step.
 
     Returns:
         `uint64[steps]`. One changed bit of one loss always changes the witness.
@@ -163,6 +172,24 @@ def environment() -> dict[str, Any]:
 def setting(name: str) -> Any:
     """Return one of JAX's settings as it holds in this thread."""
     return getattr(jax.config, name)
+
+
+def settings_here() -> Callable[[], contextlib.AbstractContextManager]:
+    """Return what gives another thread the settings that hold in this one.
+
+    A `with jax.enable_x64(True)` holds for one thread only: what reads data or traces a program
+    beside the training has to see the same numbers.
+    """
+    values = {name: setting(f"jax_{name}") for name in _OF_A_THREAD}
+
+    @contextlib.contextmanager
+    def given() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name, value in values.items():
+                stack.enter_context(getattr(jax, name)(value))
+            yield
+
+    return given
 
 
 def differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple]:

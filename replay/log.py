@@ -243,7 +243,9 @@ def create(
         raise LogError(
             f"{place} already holds {'a run' if HEADER in present else strangers[0]}",
             why="a recording never overwrites what is there",
-            fix="choose another directory, delete this one, or pass resume=True to continue it",
+            fix="choose another directory, delete this one, or pass resume=True to continue it"
+            if HEADER in present
+            else "choose another directory",
         )
     try:
         for leftover in ("states", "steps", "program", "data", JOURNAL):

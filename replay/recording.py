@@ -31,6 +31,8 @@ class Recording:
         step: the state reached.
         state: as the engine holds it.
         last: what the last call of the engine computed.
+        intact: whether `state` is the state `step`: not while steps are executed, and never again
+            where that was interrupted.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Recording:
         self._results: list[Result] = []
         self._columns: list[tuple[str, int, np.ndarray]] = []
         self._metrics: list[tuple[int, dict[str, float]]] = []
-        self._committed, self._intact = start, True
+        self._committed, self.intact = start, True
         self._began = self._committed_at = time.perf_counter()
         self._busy = 0.0
         if log.durable.checkpoints:
@@ -73,14 +75,15 @@ class Recording:
 
     def execute(self, stretch: Stretch) -> None:
         """Execute a stretch; a checkpoint can only fall on its end."""
-        begun, self._intact = time.perf_counter(), False
+        assert self.intact and stretch.begin == self.step, "a step left out or taken twice"
+        begun, self.intact = time.perf_counter(), False
         losses, aux, count = [], [], 0
         for executed in self.engine.advance(self.state, stretch):
             self.state, self.last = executed.after, executed
             losses.append(executed.losses)
             aux.append(executed.aux)
             count += executed.count
-        self.step, self._intact = self.step + count, True
+        self.step, self.intact = self.step + count, True
         elapsed = time.perf_counter() - begun
         self._busy += elapsed
         self._keep(stretch, losses, aux, round(1e6 * elapsed / count))
@@ -99,7 +102,7 @@ class Recording:
         last commit, and `resume` repeats what came after.
         """
         try:
-            if self._intact and (complete or self._metrics or self.step not in self._stored):
+            if self.intact and (complete or self._metrics or self.step not in self._stored):
                 self._commit(checkpoint=self.step not in self._stored, closed=complete)
             self._report_test()
         finally:

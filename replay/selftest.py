@@ -13,7 +13,7 @@ import numpy as np
 
 from replay.artifact import Signature
 from replay.errors import ReplayError
-from replay.identity import environment
+from replay.identity import environment, settings_here
 from replay.trajectory import Engine, Stretch
 from replay.worker import RemoteEngine
 
@@ -51,6 +51,7 @@ class SelfTest:
         self._files, self._key, self._signature = files, key, signature
         self._texts, self._retrace = texts, retrace
         self.differs: list[str] = []
+        self._settings = settings_here()
         self._first = self._run(engine)
         if self._run(engine) != self._first:
             self.differs.append("the first steps, executed twice in this process, differ")
@@ -76,17 +77,28 @@ class SelfTest:
         return (*losses, np.asarray(engine.fingerprint(state)).tobytes())
 
     def _work(self) -> None:
+        with self._settings():
+            try:
+                self._trace_again()
+            except Exception as error:  # of the user's own code, and in nobody's sight here
+                said = error.what if isinstance(error, ReplayError) else repr(error)
+                self.differs.append(f"the program cannot be traced a second time: {said}")
+            try:
+                self._run_elsewhere()
+            except ReplayError as error:
+                self.differs.append(f"the test in a fresh process failed: {error.what}")
+
+    def _trace_again(self) -> None:
         if self._retrace() != self._texts:
             self.differs.append(
                 "the program, traced twice, differs: it reads a random number, the clock or "
                 "another thing that is not among its arguments"
             )
-        try:
-            engine = RemoteEngine(
-                self._signature, self._files, self._key, keep=False, recorded=environment()
-            )
-            if self._run(engine) != self._first:
-                self.differs.append("the first steps, executed in a fresh process, differ")
-            engine.close()
-        except ReplayError as error:
-            self.differs.append(f"the test in a fresh process failed: {error.what}")
+
+    def _run_elsewhere(self) -> None:
+        engine = RemoteEngine(
+            self._signature, self._files, self._key, keep=False, recorded=environment()
+        )
+        if self._run(engine) != self._first:
+            self.differs.append("the first steps, executed in a fresh process, differ")
+        engine.close()

@@ -270,13 +270,21 @@ class Place:
         """Hold the right to write; the operating system lets go of it when the process dies.
 
         Raises:
-            LogError: somebody else holds it; the message says who.
+            LogError: somebody else holds it, and the message says who; or nothing can be written.
         """
         if self._kv is not None:
             yield  # one writer is the caller's promise there: object stores have no such lock
             return
-        self._local.mkdir(parents=True, exist_ok=True)
-        with open(self._local / "lock", "a+b") as file:
+        try:
+            self._local.mkdir(parents=True, exist_ok=True)
+            lock = open(self._local / "lock", "a+b")
+        except OSError as error:
+            raise LogError(
+                f"{self} cannot be written: {error}",
+                why="a run is a directory with files of its own",
+                fix="choose a directory that can be made and written",
+            ) from error
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

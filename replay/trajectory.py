@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from replay.artifact import Signature, compile
 from replay.data import Data, checksum
 from replay.errors import DataError
-from replay.identity import fingerprint, sha256
+from replay.identity import fingerprint, settings_here, sha256
 from replay.log import Log
 
 
@@ -223,7 +223,7 @@ def stage(
         ahead: how many stretches may lie ready.
     """
     ready: queue.Queue = queue.Queue(maxsize=ahead)
-    stopped = threading.Event()
+    stopped, settings = threading.Event(), settings_here()
 
     def put(item) -> bool:
         while not stopped.is_set():
@@ -234,9 +234,10 @@ def stage(
 
     def work():
         try:
-            for start, stop in cuts:
-                if not put(read(start, stop)):
-                    return
+            with settings():
+                for start, stop in cuts:
+                    if not put(read(start, stop)):
+                        return
             put(None)
         except BaseException as error:  # raised again where the stretch was wanted
             put(error)
@@ -314,7 +315,7 @@ def read_stretch(log: Log, data: Data | None, start: int, stop: int) -> Stretch:
         raise DataError(
             f"{log.place} does not hold its data, and none was given",
             why="a step is replayed on the batch it was trained on",
-            fix=f"replay.open({str(log.place)!r}, data=...)",
+            fix=f"replay.open({str(log.place)!r}, data=...), or --data FILE.npz for a command",
         )
     else:
         batch = data.leaves(ids)

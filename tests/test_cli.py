@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import pathlib
+import pickle
 import shlex
 import shutil
 import subprocess
@@ -158,6 +159,8 @@ def test_a_word_that_is_not_known_ends_with_2(capsys):
         (["verify", "runs/digits", "--steps", "ten"], "--steps ten"),
         (["verify", "runs/digits", "--steps", "1:2:3"], "--steps 1:2:3"),
         (["verify", "runs/digits", "--steps", ""], "--steps "),
+        (["verify", "runs/digits", "--steps", "132:"], "runs/digits has steps 0 to 131, not 132:"),
+        (["verify", "runs/digits", "--steps", "9:3"], "runs/digits has steps 0 to 131, not 9:3"),
         (["state", "runs/digits", "133", "--out", "s.npz"], "runs/digits has states 0 to 132, not"),
         (["state", "runs/digits", "7", "--out", "no/s.npz"], "no is not a directory that can be"),
         (["state", "runs/digits", "7", "--out", "runs"], "runs exists"),
@@ -273,6 +276,59 @@ def test_verify_of_some_steps_audits_their_segments(run, capsys):
     assert code == 0
     assert "50 steps in 1 segments (part of runs/digits)" in printed
     assert ask(capsys, "verify", run, "--steps", "60")[0] == 1
+
+
+def test_a_run_that_does_not_hold_its_data_is_given_it(capsys):
+    record("outside", embed=False)
+    code, printed, errors = ask(capsys, "verify", "outside")
+    assert (code, printed) == (2, "")
+    assert errors.startswith("error: outside does not hold its data, and none was given\n")
+    assert "--data data.npz" in errors
+    np.save("samples.npy", SAMPLES)
+    assert ask(capsys, "verify", "outside", "--data", "samples.npy")[0] == 0
+    words = ("state", "outside", "7", "--out", "state.npz")
+    assert ask(capsys, *words, "--data", "samples.npy")[0] == 0
+    assert ask(capsys, "state", "outside", "50", "--out", "stored.npz")[0] == 0
+    np.save("other.npy", SAMPLES + 1)
+    code, _, errors = ask(capsys, "verify", "outside", "--data", "other.npy")
+    assert code == 2 and "error: sample 0 has other content" in errors
+
+
+def test_data_with_names_is_read_by_the_paths_of_its_leaves(capsys):
+    program = replay.Program(
+        INITIAL, lambda params, x, key: loss(params, x["a"]["x"] + x["a-b"], key), optax.sgd(0.01)
+    )
+    data = {"a": {"x": SAMPLES}, "a-b": SAMPLES[::-1].copy()}
+    order = replay.Order.shuffled(2, 2, seed=0)
+    options = {"embed": False, "self_test": False, "key": jax.random.key(0)}
+    replay.record("outside", program, data, order, **options)
+    np.savez("data.npz", **{"a-b": data["a-b"], "a/x": SAMPLES})
+    assert ask(capsys, "verify", "outside", "--data", "data.npz")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (None, "No such file"),
+        (b"", "No data left in file"),
+        (b"PK\x03\x04 torn", "zip file"),
+        (pickle.dumps({"x": 1}), "contains pickled (object) data\n"),
+    ],
+)
+def test_a_file_without_arrays_is_no_data(content, error, run, capsys):
+    if content is not None:
+        pathlib.Path("data.npz").write_bytes(content)
+    code, printed, errors = ask(capsys, "verify", run, "--data", "data.npz")
+    assert (code, printed) == (2, "")
+    assert errors.startswith("error: data.npz cannot be read: ") and error in errors
+
+
+def test_the_package_itself_is_the_command(run):
+    done = subprocess.run(
+        [sys.executable, "-m", "replay", "verify", "nowhere"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: nowhere is not a run")
 
 
 @pytest.mark.parametrize(

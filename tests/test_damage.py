@@ -58,7 +58,7 @@ def intact(tmp_path_factory):
     run, place = replay.open(path), Place(path)
     assert run.verify().grade is replay.Grade.BITWISE
     files = {name: place.read(name) for name in place.list()}
-    assert len([name for name in files if not UNREAD.fullmatch(name)]) == 28
+    assert len([name for name in files if not UNREAD.fullmatch(name)]) == 30
     return Intact(
         files=files,
         states=[bits(state) for _, state in run.states(slice(None))],
@@ -801,9 +801,7 @@ def test_a_changed_program_is_refused_by_the_line_or_the_leaf(intact, tmp_path):
         return replay.open(path, program=program, data=tiny.DATA)
 
     assert bits(with_program(tiny.program()).state(9)) == intact.states[9]
-    what = (
-        r"the program is not the one in .*: update has '.*6.0+e-02.* where the run has '.*5.0+e-02"
-    )
+    what = r"the program is not the one in .*: step has '.*6.0+e-02.* where the run has '.*5.0+e-02"
     refuse(replay.IdentityError, what, with_program, tiny.program(rate=0.06))
     deeper = {
         **tiny.WEIGHTS,

@@ -6,6 +6,7 @@ import functools
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -140,16 +141,29 @@ def kills(chains, *, seed, files):
 
 
 def kill_at(moment, path, **options):
-    """Record until the moment and kill; tell whether that was in the middle of a checkpoint."""
-    before = durable(path)
-    with start(path, **options) as process:
-        while process.poll() is None and not moment.reached(path, before):
-            time.sleep(1e-4)
-        time.sleep(moment.delay)
-        process.kill()
-        output = process.stdout.read()
-    assert process.returncode == -9, output
-    return being_written(path, durable(path).rows)
+    """Record until the moment and kill; tell whether that was in the middle of a checkpoint.
+
+    Whoever watches may sleep through the moment, on a machine that has other things to do, and
+    wake up after the end: then the same is tried again. That the recording yields helps.
+    """
+    before, earlier = durable(path), path.with_name(f"{path.name}-earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    if path.exists():
+        shutil.copytree(path, earlier)
+    for _ in range(5):
+        with start(path, "nice", **options) as process:
+            while process.poll() is None and not moment.reached(path, before):
+                time.sleep(1e-4)
+            time.sleep(moment.delay)
+            process.kill()
+            output = process.stdout.read()
+        if process.returncode == -9:
+            return being_written(path, durable(path).rows)
+        assert "trained to the end" in output, output
+        shutil.rmtree(path)
+        if earlier.exists():
+            shutil.copytree(earlier, path)
+    raise AssertionError(f"the recording always ended before {moment}")
 
 
 def assert_nothing_is_lost(path, pairs, intact, **options):
@@ -181,7 +195,7 @@ def test_a_recording_killed_at_any_moment_keeps_what_was_durable_and_resumes_to_
 ):
     pairs = list(kills(3, seed=1, files=1))
     seen = assert_nothing_is_lost(tmp_path, pairs, uninterrupted())
-    assert seen["after the first commit"] == 5
+    assert seen["after the first commit"] >= 5
     assert seen["during a checkpoint"] >= 1
 
 
@@ -691,7 +705,7 @@ FACTORS = np.linspace(0, 1, 256, dtype=np.float32)
             r"seed=4.*the run has Order.shuffled\(batch_size=8, epochs=10, seed=3\)",
         ),
         ({"steps": 352}, replay.IdentityError, r"epochs=11.*the run has .*epochs=10"),
-        ({"program": killed.program(0.06)}, replay.IdentityError, "update has .*6.*e-02.*5.*e-02"),
+        ({"program": killed.program(0.06)}, replay.IdentityError, "step has .*6.*e-02.*5.*e-02"),
         (
             {"program": wider()},
             replay.IdentityError,

@@ -150,6 +150,12 @@ def test_nnx_splits_params_from_what_a_batch_leaves_behind():
     assert np.asarray(model.norm.mean[...]).tolist() == before
 
 
+def test_what_is_no_optimizer_is_refused_by_its_name():
+    with pytest.raises(replay.ProgramError, match="the optimizer is adam, without init") as caught:
+        replay.Program({"w": jnp.zeros(1)}, quadratic, optax.adam)  # type: ignore[arg-type]
+    assert "not optax.adam" in caught.value.fix
+
+
 def test_optimizers_that_need_the_loss_value_get_the_weighted_mean():
     seen = []
 
@@ -176,6 +182,56 @@ def test_exports_hold_no_path_of_this_machine_and_do_not_depend_on_source_lines(
         data = bytes(exported.serialize())
         assert b".py" not in data
         assert data == bytes(again[name].serialize())
+
+
+def test_what_jax_remembers_of_earlier_traces_does_not_change_the_text_of_a_program():
+    """A helper that JAX has forgotten between two calls is traced again, and no longer shared."""
+    forgetful = False
+
+    def loss(params, example, key):
+        x = jnp.where(example["x"] > 0, params["w"], 0.0)
+        if forgetful:
+            jax.clear_caches()
+        return (x * jnp.where(example["x"] > 1, params["w"], 0.0)).sum()
+
+    program = replay.Program({"w": jnp.ones(3)}, loss, optax.sgd(0.1))
+    state, example = state_of(program), {"x": np.zeros((1, 3), np.float32)}
+
+    def trace():
+        return artifact.trace(program, state, example, batch_size=2)[1]
+
+    first = trace()
+    forgetful = True
+    second = trace()
+    files = [bytes(exported["step"].mlir_module_serialized) for exported in (first, second)]
+    assert files[0] != files[1]
+    for name in first:
+        assert artifact.text(first[name]) == artifact.text(second[name]), name
+
+
+def test_functions_are_told_apart_by_what_they_do_and_not_by_their_names():
+    @jax.jit
+    def square(x):
+        return x * x
+
+    @jax.jit
+    def double(x):
+        return x + x
+
+    def text_of(*functions):
+        def main(x):
+            for function in functions:
+                x = function(x)
+            return x
+
+        shape = jax.ShapeDtypeStruct((3,), jnp.float32)
+        return artifact.text(jax.export.export(jax.jit(main))(shape))
+
+    square_again = jax.jit(lambda x: x * x)
+    assert text_of(square, double) == text_of(square_again, double)
+    assert text_of(square, square) == text_of(square, square_again)
+    assert text_of(square, double) != text_of(double, square)
+    assert text_of(square, double) != text_of(square, square)
 
 
 def test_a_signature_survives_msgpack():

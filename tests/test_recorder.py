@@ -1,5 +1,6 @@
 """Recording and replaying small runs: every option of a recorder, and what a run answers."""
 
+import threading
 import warnings
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 import replay
+import replay.trajectory
 from replay.data import Data
 
 
@@ -32,6 +34,21 @@ def samples(count=20):
     draw = np.random.default_rng(0)
     x = draw.normal(size=(count, 4)).astype(np.float32)
     return {"x": x, "y": draw.integers(0, 3, count).astype(np.int32)}
+
+
+class OneByOne:
+    """A source of samples that are asked for one by one; some can be lost."""
+
+    def __init__(self, arrays):
+        self.arrays, self.lost = arrays, []
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        if i in self.lost:
+            raise OSError("unplugged")
+        return {name: rows[i] for name, rows in self.arrays.items()}
 
 
 def order(epochs=4, **options):
@@ -125,6 +142,35 @@ def test_an_audit_of_some_steps_covers_their_segments(run):
     assert [s.start for s in run.verify(range(12, 16)).segments] == [12]
 
 
+def test_steps_of_an_audit_are_counted_as_python_counts(run):
+    for steps, segments in [
+        (-1, [12]),
+        (np.int64(0), [0]),
+        (slice(-5, None), [6, 12]),
+        (range(-5, 0), [6, 12]),
+        (range(15, -1, -7), [0, 6, 12]),
+        (slice(10, 99), [6, 12]),
+    ]:
+        assert [segment.start for segment in run.verify(steps).segments] == segments, steps
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked"),
+    [
+        (16, "16"),
+        (-17, "-17"),
+        (slice(5, 2), "5:2"),
+        (slice(99, None), "99:"),
+        (range(3, 17), r"range\(3, 17\)"),
+        (range(0), r"range\(0, 0\)"),
+    ],
+)
+def test_an_audit_of_nothing_is_refused(run, steps, asked):
+    with pytest.raises(replay.LogError, match=f"has steps 0 to 15, not {asked}\n") as caught:
+        run.verify(steps)
+    assert "run.verify()" in caught.value.fix
+
+
 def test_dispatch_by_block_gives_a_run_of_its_own_that_replays_step_by_step(tmp_path, run):
     block = record(tmp_path / "block", dispatch="block")
     assert block.dispatch == "block"
@@ -198,6 +244,8 @@ def test_data_that_is_not_kept_must_be_passed_again(tmp_path):
     assert bits(bare.state(6)) == bits(outside.state(6))
     with pytest.raises(replay.DataError, match="does not hold its data, and none was given"):
         bare.state(7)
+    why = f"FAILED: {bare.path} does not hold its data, and none was given"
+    assert str(bare.verify()).splitlines()[2:] == [f"  states 0 to 16: {why}"]
     assert replay.open(tmp_path / "run", data=samples()).verify().grade is replay.Grade.BITWISE
 
 
@@ -280,6 +328,133 @@ def test_the_self_test_of_a_sound_program_finds_nothing(tmp_path):
         run = record(tmp_path / "run", self_test=True)
     assert run.log.durable.selftest == ""
     assert run.grade is replay.Grade.UNAUDITED
+
+
+@pytest.mark.parametrize("width", ["32 bits", "64 bits"])
+def test_settings_that_hold_in_one_thread_hold_for_all_that_is_done_beside_it(tmp_path, width):
+    """The data is read, and the self-test traces and executes, in threads of their own."""
+    wide = width == "64 bits"
+    x = samples()["x"].astype(np.float64 if wide else np.float32)
+
+    def square(params, example, key):
+        return jnp.dot(params["w"], example["x"]) ** 2
+
+    program = replay.Program(lambda key: {"w": jnp.full(4, 1 / 3)}, square, optax.sgd(0.1))
+    settings = {"key": KEY, "checkpoints": 6}
+    with jax.enable_x64(wide), jax.default_matmul_precision("highest"):
+        recorded = replay.record(tmp_path / "run", program, OneByOne({"x": x}), order(), **settings)
+        expected = [bits(state) for _, state in recorded.states(slice(None))]
+    assert recorded.log.durable.selftest == ""
+    run = replay.open(tmp_path / "run")
+    assert run.log.header.environment["x64"] is wide
+    assert run.verify().grade is replay.Grade.BITWISE
+    assert [bits(state) for _, state in run.states(slice(None))] == expected
+    assert next(run.trajectory(3, 4)).batch["x"].dtype == x.dtype
+
+
+def test_a_program_that_cannot_be_traced_again_has_not_proved_itself(tmp_path):
+    def once(params, example, key):
+        if threading.current_thread().name == "replay-selftest":
+            raise KeyError("spent")
+        return loss(params, example, key)
+
+    program = replay.Program(init, once, optax.adam(1e-2))
+    with pytest.warns(RuntimeWarning, match="cannot be traced a second time: KeyError.'spent'"):
+        with replay.Recorder(tmp_path / "run", program, samples(), order(), key=KEY):
+            pass
+    assert replay.open(tmp_path / "run").grade is replay.Grade.NUMERIC
+
+
+def test_after_an_interruption_a_recorder_does_not_go_on_as_if_nothing_were_missing(
+    tmp_path, monkeypatch
+):
+    settings = {"key": KEY, "self_test": False, "resume": True, "checkpoints": 6}
+    recorder = replay.Recorder(tmp_path / "run", PROGRAM, samples(), order(), **settings)
+    with recorder:
+        recorder.advance(2)
+        engine = recorder._recording.engine
+        execute = engine.advance
+
+        def interrupted(state, stretch):
+            yield next(execute(state, stretch))
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "advance", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                recorder.advance(3)
+        for question in (recorder.advance, lambda: recorder.params, lambda: recorder.log(a=1)):
+            with pytest.raises(replay.LogError, match="what follows state 2 was interrupted"):
+                question()
+    assert not replay.open(tmp_path / "run").log.durable.closed
+    with recorder:
+        recorder.advance()
+    run = replay.open(tmp_path / "run")
+    assert (run.steps, run.verify().grade) == (16, replay.Grade.BITWISE)
+    assert bits(run.state(16)) == bits(record(tmp_path / "whole").state(16))
+
+
+def test_after_a_batch_that_could_not_be_read_a_recorder_keeps_what_it_has(tmp_path):
+    source = OneByOne(samples())
+    settings = {"key": KEY, "self_test": False, "resume": True, "embed": False}
+    arguments = (tmp_path / "run", PROGRAM, source, order())
+    with replay.Recorder(*arguments, **settings) as recorder:
+        source.lost = order().bind(20)[1].tolist()
+        recorder._staged = replay.trajectory.stage(recorder._read, [(0, 1), (1, 16)])
+        recorder.advance(1)
+        with pytest.raises(OSError, match="unplugged"):
+            recorder.advance()
+        with pytest.raises(replay.LogError, match="what follows state 1 was interrupted"):
+            recorder.advance()
+    assert replay.open(tmp_path / "run").steps == 1
+    source.lost = []
+    with replay.Recorder(*arguments, **settings) as recorder:
+        recorder.advance()
+    run = replay.open(tmp_path / "run", data=samples())
+    assert run.verify().grade is replay.Grade.BITWISE
+    assert bits(run.state(16)) == bits(record(tmp_path / "whole").state(16))
+
+
+def test_a_recorder_records_only_between_its_beginning_and_its_end(tmp_path):
+    settings = {"key": KEY, "self_test": False, "commit_steps": 1}
+    ordered = replay.Recorder(tmp_path / "ordered", PROGRAM, samples(), order(), **settings)
+    fed = replay.Recorder(tmp_path / "fed", PROGRAM, **settings)
+    feed = lambda: fed.feed(samples(5))  # noqa: E731
+    for question in (ordered.advance, feed):
+        with pytest.raises(replay.LogError, match="is not being recorded yet"):
+            question()
+    assert not list(tmp_path.iterdir())
+    with ordered, fed:
+        ordered.advance(3)
+        feed()
+    for question in (ordered.advance, feed, lambda: ordered.log(a=1)):
+        with pytest.raises(replay.LogError, match="is no longer being recorded") as caught:
+            question()
+        assert "resume=True" in caught.value.fix
+    assert (ordered.step, fed.step) == (3, 1)
+    assert bits(ordered.params) == bits(replay.open(tmp_path / "ordered").state(3).params)
+
+
+def test_the_error_of_a_loss_is_said_as_it_is(tmp_path):
+    program = replay.Program(init, lambda params, x, key: params["w"] + x["x"], optax.sgd(0.1))
+    with pytest.raises((TypeError, ValueError), match="shapes"):
+        replay.record(tmp_path / "run", program, samples(), order(), key=KEY)
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_place_that_cannot_be_a_directory_is_named(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(replay.LogError, match=f"{place} cannot be written") as caught:
+        record(tmp_path / place)
+    assert "choose a directory" in caught.value.fix
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_directory_of_other_things_is_not_offered_to_be_resumed(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(replay.LogError, match="already holds notes.txt") as caught:
+        record(tmp_path)
+    assert caught.value.fix == "choose another directory"
 
 
 def test_an_open_run_without_its_program_has_states_of_nested_dicts(run, tmp_path):

@@ -302,7 +302,7 @@ class PerSample:
         if isinstance(reduction, Norm | Dot):
             return self._column(reduction, asked)
         found: dict[int, Any] = {}
-        for group in self._groups(repr(reduction), asked):
+        for group in self._groups(_name(reduction), asked):
 
             def step(states, gradients, numbers):
                 pairs = zip(states, gradients, strict=True)
@@ -389,7 +389,7 @@ class PerSample:
             calls[name] = lambda ask=ask: ask(params, batch, keys, **context)
         seconds = strategy.measure(calls)
         asked = self._ask(params, batch, keys, **context)
-        strategy.remember(self._identity(of if isinstance(of, str) else repr(of), asked), seconds)
+        strategy.remember(self._identity(of if isinstance(of, str) else _name(of), asked), seconds)
         return seconds
 
     def stream(self, *questions: Reduction) -> "BatchStream":
@@ -409,8 +409,7 @@ class PerSample:
 
     def _column(self, column: Norm | Dot, asked: Asked, only: int | None = None) -> Any:
         found: dict[int, Any] = {}
-        question = "norms" if isinstance(column, Norm) else "dot"
-        for group in self._groups(question, asked, only):
+        for group in self._groups(_name(column), asked, only):
 
             def look(_, gradients, numbers, group=group):
                 pairs = zip(group.tensors, gradients, strict=True)
@@ -572,7 +571,11 @@ class BatchStream:
             parts = (
                 (
                     group,
-                    one(asked.leaves, [row[a:b] for row in asked.rows], asked.shared),
+                    one(
+                        asked.leaves,
+                        asked.rows if b - a == size else [row[a:b] for row in asked.rows],
+                        asked.shared,
+                    ),
                     jnp.arange(first + a, first + b, dtype=jnp.int32),
                 )
                 for group, one in zip(groups, produce, strict=True)
@@ -599,8 +602,7 @@ class BatchStream:
     def _plan(self, asked: Asked) -> list[tuple[list[Group], list[Callable], list[int]]]:
         by_strategy: dict[tuple[str, ...], tuple[list[Group], list[int]]] = {}
         for i, question in enumerate(self._questions):
-            named = {Norm: "norms", Dot: "dot"}.get(type(question), repr(question))
-            groups = self._per_sample._groups(named, asked)
+            groups = self._per_sample._groups(_name(question), asked)
             where = {number: group.strategy for group in groups for number in group.tensors}
             key = tuple(where[number] for number in sorted(where))
             by_strategy.setdefault(key, (groups, []))[1].append(i)
@@ -608,6 +610,11 @@ class BatchStream:
             (groups, [jax.jit(group.produce) for group in groups], chosen)
             for groups, chosen in by_strategy.values()
         ]
+
+
+def _name(question: Reduction) -> str:
+    """Return under what name a question's strategies are remembered."""
+    return {Norm: "norms", Dot: "dot"}.get(type(question), repr(question))
 
 
 def as_tree(tree: Any, question: Reduction, answer: Any) -> Any:

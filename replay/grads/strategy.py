@@ -13,7 +13,7 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -48,7 +48,9 @@ def remember(key: str, seconds: Mapping[str, float]) -> None:
 def measure(
     calls: Mapping[str, Callable[[], Any]], *, repeats: int = 5, patience: float = 3.0
 ) -> dict[str, float]:
-    """Return the median seconds of each call, in turn; each has already run once.
+    """Return the least seconds of each call, in turn; each has already run once.
+
+    The least, because other work on the machine only ever adds to it.
 
     Args:
         calls: by strategy; each returns arrays that are waited for.
@@ -64,11 +66,7 @@ def measure(
             begun = time.perf_counter()
             jax.block_until_ready(call())
             seconds[name].append(time.perf_counter() - begun)
-    return {name: _median(taken) for name, taken in seconds.items()}
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
+    return {name: min(taken) for name, taken in seconds.items()}
 
 
 def _path() -> pathlib.Path:

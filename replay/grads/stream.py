@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from replay.errors import ProgramError
+from replay.grads.factors import Outer
 from replay.grads.gradients import Form
 from replay.grads.reductions import BLOCK_STEPS, Blocks, Column, Dot, Norm, Reduction, TopK
 from replay.grads.sources import Group, gradients_of
@@ -51,7 +52,8 @@ class Stream:
         block = step // BLOCK_STEPS
         if block != self._block:
             for cell in self._cells.values():
-                cell.close(self._block)
+                if not cell.exact:
+                    cell.close(self._block)
             self._block = block
         looked: dict[int, dict[int, list[Any]]] = {i: {} for i in self._columns}
         for group, payloads, occurrences in parts:
@@ -99,6 +101,7 @@ class _Cell:
         self._blocks = Blocks(_merge(reduction))
         self._layout: tuple[int, ...] | None = None
         self._on_host = False
+        self.exact = reduction.exact
         self._state: Any = None
 
     def take(self, payload: Any, leaves: Sequence[Any], occurrences: Any) -> None:
@@ -110,7 +113,7 @@ class _Cell:
             if self._on_host:
                 self._state = tuple(np.array(x) for x in self._state)
         if self._on_host:
-            factors = gradients_of(self._form, payload).kernel_factors()
+            factors = _factors_on_host(self._form, payload)
             self._state = self._reduction.step_on_host(self._state, factors, occurrences)
         else:
             self._state = self._step(self._state, payload, leaves, occurrences)
@@ -182,6 +185,14 @@ def _merge(reduction: Any) -> Callable[[Any, Any], Any]:
 @functools.cache
 def _final(reduction: Any, form: Form, layout: tuple[int, ...]) -> Callable[[Any], Any]:
     return jax.jit(lambda state: reduction.final(form, layout, state))
+
+
+def _factors_on_host(form: Form, payload: Any) -> Outer:
+    """Return what `Gradients.kernel_factors` would, without an operation of JAX."""
+    if form.way == "rule":
+        return Outer(*(np.asarray(x, np.float32) for x in payload))
+    rows = np.asarray(payload, np.float32)
+    return Outer(np.ones((len(rows), 1, 1, 1), np.float32), rows.reshape(len(rows), 1, 1, -1))
 
 
 def _layout(reduction: Any, group: Group, number: int) -> Callable[..., tuple]:

@@ -8,6 +8,7 @@ Command:  python experiments/bench_per_sample.py            writes results/bench
                                                             and results/bench_per_sample.png
           python experiments/bench_per_sample.py --quick    runs all of it, briefly; writes nothing
           python experiments/bench_per_sample.py --only "cells mlp" curves
+                                                            measures these sections again
           python experiments/bench_per_sample.py --torch-python OTHER/bin/python
                     with torch 2.13, opacus 1.6 and backpack-for-pytorch 1.7, for those peers;
                     they are left out, and said to be, where it has no torch
@@ -104,8 +105,8 @@ class Settings:
     cases: dict[str, Case] = dataclasses.field(default_factory=lambda: CASES)
     seed: int = 0
     resamples: int = 4_000
-    budget_s: float = 3.0  # for each cell, steps between included
-    rounds: tuple[int, int] = (5, 40)
+    budget_s: float = 1.0  # for each cell, steps between included
+    rounds: tuple[int, int] = (3, 30)
     block_s: float = 0.008
     memory: int = 256 * 2**20
     memory_limit: float = 1.5
@@ -746,19 +747,25 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a smoke test; writes nothing")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="writes nothing")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="keeps the other sections")
     parser.add_argument("--torch-python", default=sys.executable, help="with torch and its peers")
     options = parser.parse_args()
     settings = Settings(torch_python=options.torch_python)
     settings = settings.quick() if options.quick else settings
-    described, begun, figures = environment(), time.perf_counter(), []
+    begun, figures = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder  # hides what `auto` has measured here before
         for name in options.only or SECTIONS:
+            described, started = environment(), time.perf_counter()
             found = in_new_process(SECTIONS[name], settings)
             figures += found
             shown = [figure for figure in found if figure.met is not None or "peers" in name]
             print(f"-- {name}", *shown, *worst(found), sep="\n", flush=True)
+            if not options.quick:
+                described["versions"] |= versions(settings)
+                described["load after"] = os.getloadavg()
+                described["minutes"] = (time.perf_counter() - started) / 60
+                keep(name, found, settings, described)
     minutes = (time.perf_counter() - begun) / 60
     missed = [figure.name for figure in figures if figure.met is False]
     print(f"{minutes:.1f} minutes; targets that are not met: {', '.join(missed) or 'none'}")
@@ -767,16 +774,21 @@ def main() -> None:
         chart = RESULT.with_suffix(".png") if not options.quick else None
         with tempfile.TemporaryDirectory() as folder:
             plot(curves, chart or pathlib.Path(folder, "chart.png"))
-    if not options.quick and not options.only:
-        described["versions"] |= versions(settings)
-        result = {
-            "question": "what does a reduction of per-sample gradients cost, in training steps?",
-            "environment": described | {"load after": os.getloadavg(), "minutes": minutes},
-            "settings": dataclasses.asdict(settings) | {"torch_python": None},
-            "figures": [dataclasses.asdict(figure) | {"met": figure.met} for figure in figures],
-        }
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def keep(name: str, figures: Sequence[Figure], settings: Settings, described: dict) -> None:
+    """Write a section into the result file, beside those of other sections."""
+    result: dict[str, Any] = {"sections": {}}
+    if RESULT.exists():
+        result = json.loads(RESULT.read_text())
+    result["question"] = "what does a reduction of per-sample gradients cost, in training steps?"
+    result["sections"][name] = {
+        "environment": described,
+        "settings": dataclasses.asdict(settings) | {"torch_python": None},
+        "figures": [dataclasses.asdict(figure) | {"met": figure.met} for figure in figures],
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -419,6 +419,7 @@ class Run:
             seconds=time.perf_counter() - begun,
             differences=self._replayer.differences,
             complete=total == self.steps,
+            damage=tuple(self.log.damage()) if total == self.steps else (),
         )
 
     def thin(self, keep: int) -> list[int]:

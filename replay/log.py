@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from replay.artifact import VERSIONS, Signature
-from replay.errors import IdentityError, LogError
+from replay.errors import IdentityError, LogError, ReplayError
 from replay.identity import SHORT_DIGEST, sha256
 from replay.journal import Durable, frame, frames, only_frame
 from replay.order import Order
@@ -367,6 +367,25 @@ class Log:
     def has_column(self, name: str) -> bool:
         """Tell whether a column was logged."""
         return any(spec.name == f"steps/{name}" for spec in self.header.arrays["steps"])
+
+    def damage(self) -> list[str]:
+        """Read what a replay can do without, and return what is wrong with it.
+
+        That is every archived program and every column: they answer questions that the weights do
+        not depend on.
+        """
+        found = []
+        columns = [spec.name.partition("/")[2] for spec in self.header.arrays["steps"]]
+        for read, names in (
+            (self.program, self.header.programs),
+            (lambda name: self.column(name, 0, self.durable.steps), columns),
+        ):
+            for name in names:
+                try:
+                    read(name)
+                except ReplayError as error:
+                    found.append(error.what)
+        return found
 
     def embedded(self) -> list[np.ndarray]:
         """Read the data set that lies in the run, one array a leaf."""

@@ -94,6 +94,7 @@ class Audit:
         seconds: wall time.
         differences: what is other here than when the run was recorded, `{name: (then, now)}`.
         complete: whether all durable steps of the run were audited.
+        damage: what is wrong with files that no replay needs, looked for in a complete audit.
     """
 
     run: str
@@ -102,6 +103,7 @@ class Audit:
     seconds: float
     differences: dict[str, tuple]
     complete: bool
+    damage: tuple[str, ...] = ()
 
     @property
     def grade(self) -> Grade:
@@ -109,7 +111,7 @@ class Audit:
         grade = Grade.BITWISE if self.segments else Grade.UNAUDITED
         for segment in self.segments:
             grade = grade & segment.grade
-        return grade
+        return grade & Grade.FAILED if self.damage else grade
 
     def __str__(self) -> str:
         part = "all" if self.complete else "part"
@@ -125,6 +127,8 @@ class Audit:
             lines.append(f"  states {first.start} to {last.stop}: {grade}: {why}")
         if more := sum(len(alike) for *_, alike in bad[10:]):
             lines.append(f"  and {more} more segments")
+        told = {segment.error for segment in self.segments}
+        lines += [f"  {error}" for error in self.damage if error not in told]
         for name, (then, now) in self.differences.items():
             lines.append(f"  {name}: recorded with {then!r}, here {now!r}")
         return "\n".join(map(printable, lines))

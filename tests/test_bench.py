@@ -81,6 +81,7 @@ def test_all_loops_train_the_same_model_on_the_same_samples(tmp_path):
         assert losses[name] == pytest.approx(losses["jit"], rel=1e-3)
 
 
+@pytest.mark.full
 def test_the_transformer_draws_the_same_dropout_in_every_loop(tmp_path):
     case = bench.Case("transformer", (8,), 4, 8, interval=64, block=64, rounds=1)
     losses = {}

@@ -301,8 +301,15 @@ print(json.dumps([[bits(s) for _, s in replay.open(p).states(slice(None))] for p
     assert differences == dict.fromkeys(map(str, cases))
 
 
-@pytest.mark.parametrize("dispatch", ["step", "block"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "dispatch"),
+    [
+        pair
+        if pair in (("convolution", "step"), ("transformer", "block"), ("loss_scaling", "step"))
+        else pytest.param(*pair, marks=pytest.mark.full)
+        for pair in itertools.product(MODELS, ("step", "block"))
+    ],
+)
 def test_the_gradients_that_are_seen_are_those_that_were_used(tmp_path, model, dispatch):
     """Descent by a power of two rounds once, so that it can be repeated outside the program."""
     case, program = Case(model, "momentum"), MODELS[model][0](optax.sgd(2**-3))

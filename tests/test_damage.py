@@ -95,7 +95,12 @@ def assert_right_or_refused(path, intact, *files):
     if run is None:
         return True
     sound = set()
-    for segment in run.verify().segments:
+    audit = run.verify()
+    for what in audit.damage:
+        assert any(array_of(file) in what for file in files), what
+        assert audit.grade is replay.Grade.FAILED
+        noticed.append(what)
+    for segment in audit.segments:
         assert segment.grade in (replay.Grade.BITWISE, replay.Grade.FAILED), segment
         if segment.grade is replay.Grade.BITWISE:
             sound |= {*range(segment.start, segment.stop)}
@@ -113,7 +118,9 @@ def assert_right_or_refused(path, intact, *files):
     if (ids := answer(run.ids, 0, run.steps)) is not None:
         assert ids.tolist() == intact.ids[: run.steps].tolist()
     for name, program in intact.programs.items():
-        assert answer(run.log.program, name) in (None, program), name
+        found = answer(run.log.program, name)
+        assert found in (None, program), name
+        assert found is not None or any(f"program/{name}" in what for what in audit.damage)
     return bool(noticed) or run.log.durable != intact.durable
 
 

@@ -59,7 +59,7 @@ FORBIDDEN = {
 }
 
 # Not installed with the core, so imported inside the function that needs it; all else on top.
-EXTRAS = ("flax", "matplotlib", "sklearn", "sqlglot", "duckdb")
+EXTRAS = ("flax", "matplotlib", "sklearn", "sqlglot", "duckdb", "replay.kernels.top_k_cpu")
 
 MOST_PUBLIC_NAMES = 25
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from replay.grads.factors import Factor, Moves, Outer, Rows, Whole, move
-from replay.grads.taps import Meeting
+from replay.grads.taps import Elements, Meeting
 from replay.kernels import square_sum, top_k
 
 # What can be asked of one element of a gradient.
@@ -106,26 +106,35 @@ def plan(
         elif (source := meetings[mine[0]].source) is None:
             reason = "it is combined with other values before it meets the data"
         else:
-            flat = np.asarray(source).reshape(-1)
-            inside = np.flatnonzero((flat >= offsets[number]) & (flat < offsets[number + 1]))
-            elements = flat[inside] - offsets[number]
-            if len(np.unique(elements)) < len(elements):
+            places, repeated = _places(source, offsets[number], math.prod(struct.shape))
+            if repeated:
                 reason = "its elements are repeated before they meet the data"
             else:
-                places = np.full(math.prod(struct.shape), -1, "<i4")
-                places[elements] = inside
-                same = np.array_equal(places, np.arange(flat.size))
                 form = dataclasses.replace(
                     form,
                     way="rule",
                     kind=kinds[mine[0]].__name__,
                     value=tuple(meetings[mine[0]].shape),
                     moves=meetings[mine[0]].moves,
-                    places=None if same else places.tobytes(),
+                    places=places,
                     alone=len(meetings[mine[0]].leaves) == 1,
                 )
         tensors.append(Tensor(path, form, tuple(mine), reason))
     return tuple(tensors)
+
+
+def _places(source: Any, start: int, size: int) -> tuple[bytes | None, bool]:
+    """Return where a tensor's elements stand in a value, None for in their order, and if twice."""
+    if isinstance(source, Elements) and source.start == start and math.prod(source.shape) == size:
+        return None, False  # the rule, and cheap however large
+    flat = np.asarray(source).reshape(-1)
+    inside = np.flatnonzero((flat >= start) & (flat < start + size))
+    elements = flat[inside] - start
+    places = np.full(size, -1, "<i4")
+    places[elements] = inside
+    if (places >= 0).sum() < len(elements):
+        return None, True
+    return None if np.array_equal(places, np.arange(flat.size)) else places.tobytes(), False
 
 
 def _way(form: Form, way: str) -> Form:

@@ -37,6 +37,22 @@ from replay.grads.factors import (
 )
 
 
+class Elements(NamedTuple):
+    """The numbers of neighbouring parameter elements in their order, an array only when looked at.
+
+    Attributes:
+        start: the first number.
+        shape: of the array.
+    """
+
+    start: int
+    shape: tuple[int, ...]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        stop = self.start + math.prod(self.shape)
+        return np.arange(self.start, stop, dtype=dtype or np.int64).reshape(self.shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """A value made of parameters alone, and of the time where a scan walks along it.
@@ -56,7 +72,7 @@ class Weight:
     value: Any
     leaves: frozenset[int]
     make: Callable[..., Any]
-    source: np.ndarray | None
+    source: np.ndarray | Elements | None
     along: tuple[int, ...] = ()
     known: Any = None
 
@@ -99,7 +115,7 @@ class Meeting:
         return self.weight.make
 
     @property
-    def source(self) -> np.ndarray | None:
+    def source(self) -> np.ndarray | Elements | None:
         """For each element of the value, which parameter element it is."""
         return self.weight.source
 
@@ -515,11 +531,14 @@ def _combine(equation: core.JaxprEqn, values: list[Any], live: Sequence[bool]) -
     ]
 
 
-def _sources(equation, values, plain, over_times) -> Sequence[np.ndarray | None]:
+def _sources(equation, values, plain, over_times) -> Sequence[np.ndarray | Elements | None]:
     """Return which parameter elements the results of a primitive are, where it only moves them."""
     name = equation.primitive.name
     if name == "convert_element_type" and jnp.issubdtype(plain[0].dtype, jnp.floating):
         return [values[0].source]
+    whole = values[0].source if isinstance(values[0], Weight) and not values[0].along else None
+    if name in ("reshape", "squeeze", "expand_dims") and isinstance(whole, Elements):
+        return [whole._replace(shape=jnp.shape(plain[0]))]
     moved = len(values) if name in ("concatenate", "pad") else 1
     numbers = []
     for place, value in enumerate(values):
@@ -532,7 +551,7 @@ def _sources(equation, values, plain, over_times) -> Sequence[np.ndarray | None]
         numbers.append(number)
     if name not in _MOVING or any(number is None for number in numbers):
         return [None] * len(plain)
-    numbers[:moved] = [jnp.asarray(number) for number in numbers[:moved]]
+    numbers[:moved] = [jnp.asarray(np.asarray(number)) for number in numbers[:moved]]
     return [np.asarray(x) for x in over_times(numbers)]
 
 
@@ -617,8 +636,7 @@ def tap(loss: Callable[..., Any], parameters: Any, *arguments: Any) -> Taps:
     closed = jax.make_jaxpr(loss)(jax.tree.unflatten(tree, structs), *arguments)
     offsets = np.cumsum([0] + [math.prod(x.shape) for x in structs])
     sources = [
-        np.arange(start, stop, dtype=np.int64).reshape(x.shape)
-        for start, stop, x in zip(offsets[:-1], offsets[1:], structs, strict=True)
+        Elements(int(start), tuple(x.shape)) for start, x in zip(offsets, structs, strict=False)
     ]
 
     def interpret(tapper, leaves, rest):

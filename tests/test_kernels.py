@@ -22,10 +22,11 @@ reference_top_k = jax.jit(top_k.reference)
 xla_top_k = jax.jit(top_k.xla)
 
 
+pallas_top_k = jax.jit(functools.partial(top_k.pallas, tile=4, interpret=True))
 TOP_K = [
     pytest.param(xla_top_k, id="xla"),
     pytest.param(compiled_top_k, id="compiled", marks=needs_numba),
-    pytest.param(jax.jit(functools.partial(top_k.pallas, tile=4, interpret=True)), id="pallas"),
+    pytest.param(pallas_top_k, id="pallas", marks=pytest.mark.full),
 ]
 
 
@@ -53,6 +54,13 @@ def same(ours, theirs):
         and np.asarray(a).tobytes() == np.asarray(b).tobytes()
         for a, b in zip(ours, theirs, strict=True)
     )
+
+
+def test_the_version_for_gpus_agrees_with_the_reference_where_it_is_interpreted():
+    ours = theirs = top_k.empty(3, (1, 5, 3))
+    for batch in batches(integers, 3, 2, n=4, b=1, t=2, i=5, j=3):
+        theirs, ours = reference_top_k(*theirs, *batch), pallas_top_k(*ours, *batch)
+        assert same(ours, theirs)
 
 
 def test_the_reference_keeps_the_largest_and_their_occurrences():

@@ -206,6 +206,7 @@ def reductions(settings: Settings) -> tuple[dict[str, Call], dict[str, float]]:
 
     def insert_compiled(states: Any, number: int, factors: list[Factors]) -> None:
         numbers = occurrence(number, settings)
+        assert top_k.compiled is not None, "it is measured where there is numba"
         for (values, occurrences), each in zip(states, factors, strict=True):
             top_k.compiled(values, occurrences, each.left, each.right, numbers)
 

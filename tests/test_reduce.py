@@ -235,6 +235,18 @@ def test_asking_in_the_middle_changes_nothing_afterwards():
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def test_an_answer_stays_what_it_was_when_more_samples_come():
+    stream, early = replay.per_sample(loss).stream(TopK(3)), []
+    for number, batch in enumerate(batches(4)):
+        stream.update(PARAMS, batch)
+        early.append((number + 1, stream.results()))
+    for count, answer in early:
+        for a, b in zip(
+            jax.tree.leaves(answer), jax.tree.leaves(streamed(TopK(3), count=count)), strict=True
+        ):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
 def test_steps_go_forwards_and_questions_are_reductions():
     stream = replay.per_sample(loss).stream(Max())
     stream.update(PARAMS, BATCH, step=7)

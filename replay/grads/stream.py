@@ -128,7 +128,9 @@ class _Cell:
         if self._state is not None and block is not None:
             blocks = blocks.copy()
             blocks.close(block, self._state)
-        return _final(self._reduction, self._form, self._layout)(blocks.result())
+        answer = _final(self._reduction, self._form, self._layout)(blocks.result())
+        # JAX may read numpy's memory after the call returns, and the kernel writes into it again.
+        return jax.block_until_ready(answer) if self._on_host else answer
 
 
 def _step(reduction: Any, group: Group, number: int) -> Callable[..., Any]:

@@ -10,6 +10,8 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SOURCES := replay kernels experiments tests
 # pyright would announce its newer versions, but the version is pinned in pyproject.toml.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# Compilation keeps one core busy. The tests of a file share recordings, so they stay together.
+PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: help demo test test-all lint bench clean
 
@@ -20,10 +22,10 @@ demo: $(VENV)/.installed  ## record a small run, ask it questions, draw the answ
 	@$(BIN)/replay demo
 
 test: lint  ## lint, type-check, and run every test that takes seconds
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 test-all: $(VENV)/.installed  ## run every test, the complete matrices included
-	@$(BIN)/python -m pytest -q -m "" --hypothesis-profile=thorough
+	@$(PYTEST) -m "" --hypothesis-profile=thorough
 
 lint: $(VENV)/.installed  ## ruff and pyright
 	@$(BIN)/ruff check --quiet $(SOURCES)

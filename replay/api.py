@@ -150,6 +150,7 @@ class Run:
     def __init__(self, log: Log, data: Data | None, *, tree: Any, allow: Sequence[str] = ()):
         self.log, self._data, self._tree, self._allow = log, data, tree, tuple(allow)
         self._replayer = Replayer(log, data, allow=allow)
+        self._gradients: dict[int, SampleGradients] = {}
 
     @property
     def path(self) -> str:
@@ -360,13 +361,15 @@ class Run:
                 why="samples are reduced in the order in which they were trained on",
                 fix="a slice of at least one step, without a stride",
             )
-        gradients = SampleGradients(self.log, allow=self._allow, strategy=strategy, memory=memory)
+        if memory not in self._gradients:  # what is compiled once serves the next question
+            self._gradients[memory] = SampleGradients(self.log, allow=self._allow, memory=memory)
         with _progress("reducing", stop - start, progress) as report:
             found = reduce(
                 self._replayer,
-                gradients,
+                self._gradients[memory],
                 reductions,
                 range(start, stop),
+                strategy=strategy,
                 exact=exact,
                 progress=report,
             )

@@ -15,11 +15,12 @@ from jax import lax
 
 from replay import artifact
 from replay.errors import Grade, LogError, ProgramError
-from replay.grads import archive, strategy
+from replay.grads import archive
 from replay.grads.factors import Outer, Rows
 from replay.grads.gradients import Form, Tensor, settle
 from replay.grads.reductions import BLOCK_STEPS, Reduction
 from replay.grads.sources import Group, chunks, gradients_of
+from replay.grads.strategy import identity, measure, recall, remember
 from replay.grads.stream import Stream, check
 from replay.log import Log
 from replay.replaying import Replayed, Replayer
@@ -57,25 +58,17 @@ class SampleGradients:
     Args:
         log: the run.
         allow: custom calls that its programs may make besides the usual ones.
-        strategy: `factored`, `scan`, or `auto`: what was measured to be faster on this machine.
         memory: bytes that gradients may take before they are reduced.
     """
 
-    def __init__(self, log: Log, *, allow: Sequence[str], strategy: str, memory: int):
-        if strategy not in ("auto", "factored", "scan"):
-            raise ProgramError(
-                f"there is no strategy {strategy!r} for recorded steps",
-                why="they are answered by archived programs: the factors, and the gradient of one "
-                "sample",
-                fix="one of auto, factored, scan",
-            )
+    def __init__(self, log: Log, *, allow: Sequence[str], memory: int):
         if "sample_gradient" not in log.header.programs:
             raise ProgramError(
                 f"{log.place} holds no program for the gradient of one sample",
                 why="from_functions was not told how a sample's gradient is computed",
                 fix="record with Program.from_functions(..., sample_gradient=...)",
             )
-        self._log, self._allow, self.strategy = log, allow, strategy
+        self._log, self._allow = log, allow
         self._signature = log.header.signature
         self._key = jnp.asarray(np.asarray(log.header.key, np.uint32))
         self._memory = memory
@@ -88,17 +81,18 @@ class SampleGradients:
         """Return the weights before a step."""
         return [replayed.executed.before[i] for i in self._signature.weights]
 
-    def strategies(self) -> dict[str, str]:
+    def strategies(self, way: str) -> dict[str, str]:
         """Return how the gradients of each tensor are had."""
-        where = {
-            number: group.strategy
-            for group, _ in self._way(self.strategy)
-            for number in group.tensors
-        }
+        where = {number: group.strategy for group, _ in self._way(way) for number in group.tensors}
         return {name: where[number] for number, name in enumerate(self.names)}
 
-    def parts(self, replayed: Replayed, way: str | None = None) -> Iterator[tuple]:
-        """Yield `(group, payloads, occurrences)` of a step, padding left out."""
+    def parts(self, replayed: Replayed, way: str) -> Iterator[tuple]:
+        """Yield `(group, payloads, occurrences)` of a step, padding left out.
+
+        Args:
+            replayed: the step.
+            way: `factored`, where a tensor has factors, or `scan`.
+        """
         executed = replayed.executed
         valid = np.flatnonzero(replayed.ids >= 0).astype(np.int32)
         size = self._signature.batch_size
@@ -117,7 +111,7 @@ class SampleGradients:
                 why="occurrences are counted in 32 bits",
                 fix="ask about earlier steps",
             )
-        for group, produce in self._way(way or self.strategy):
+        for group, produce in self._way(way):
             if group.strategy == "factored":
                 payloads = produce(*inputs)
                 if len(valid) < size:
@@ -127,17 +121,16 @@ class SampleGradients:
             for a, b in chunks(len(valid), group.at_once):
                 yield group, produce(valid[a:b], *inputs), jnp.asarray(first + valid[a:b])
 
-    def choose(self, replayed: Replayed, reductions: Sequence[Reduction]) -> None:
-        """Settle `auto` by timing both ways on one step, or by what was measured before."""
-        if self.strategy != "auto":
-            return
+    def choose(self, asked: str, replayed: Replayed, reductions: Sequence[Reduction]) -> str:
+        """Return a way: for `auto` by timing both on one step, or by what was measured before."""
+        if asked != "auto":
+            return asked
         if not self._table().tensors:
-            self.strategy = "scan"
-            return
+            return "scan"
         programs = self._log.header.programs
         texts = [programs[name].get("text") for name in ("factors", "sample_gradient")]
-        key = strategy.identity("run", repr(reductions), texts, self._memory)
-        seconds = strategy.recall(key)
+        key = identity("run", repr(reductions), texts, self._memory)
+        seconds = recall(key)
         if not seconds:
 
             def ask(way):
@@ -149,14 +142,14 @@ class SampleGradients:
                 jax.block_until_ready(once())
                 return once
 
-            seconds = strategy.measure({way: ask(way) for way in ("factored", "scan")})
-            strategy.remember(key, seconds)
-        self.strategy = min(seconds, key=seconds.__getitem__)
+            seconds = measure({way: ask(way) for way in ("factored", "scan")})
+            remember(key, seconds)
+        return min(seconds, key=seconds.__getitem__)
 
-    def gap(self, replayed: Replayed) -> float:
+    def gap(self, replayed: Replayed, way: str) -> float:
         """Compare the weighted mean of the samples' gradients with the gradient of the run."""
         totals: dict[int, Any] = {}
-        for group, payloads, occurrences in self.parts(replayed):
+        for group, payloads, occurrences in self.parts(replayed, way):
             weights = replayed.weights[np.asarray(occurrences) % self._signature.batch_size]
             for number, payload in zip(group.tensors, payloads, strict=True):
                 part = _weighted(group.tensors[number].form, payload, weights)
@@ -257,20 +250,38 @@ def reduce(
     reductions: Sequence[Reduction],
     steps: range,
     *,
+    strategy: str,
     exact: bool,
     progress: Callable[[int], None],
 ) -> Reduced:
-    """Replay steps and reduce their per-sample gradients; answers are lists by tensor."""
+    """Replay steps and reduce their per-sample gradients; answers are lists by tensor.
+
+    Args:
+        replayer: of the run.
+        gradients: of the run.
+        reductions: what is asked for.
+        steps: of the run, in a row.
+        strategy: `factored`, `scan`, or `auto`: what was measured to be faster on this machine.
+        exact: raise where the trajectory departs from the log.
+        progress: called with the number of steps done since the last call.
+    """
     check(reductions)
+    if strategy not in ("auto", "factored", "scan"):
+        raise ProgramError(
+            f"there is no strategy {strategy!r} for recorded steps",
+            why="they are answered by archived programs: the factors, and the gradient of one "
+            "sample",
+            fix="one of auto, factored, scan",
+        )
     stream = Stream(reductions, len(gradients.names))
     occurrences, gap, deviation, closed = [], 0.0, 0.0, -1
-    for replayed in replayer.steps(steps.start, steps.stop, exact=exact):
+    for replayed in replayer.steps(steps.start, steps.stop, exact=exact, late=True):
         step = replayed.executed.start
         if step == steps.start:
-            gradients.choose(replayed, reductions)
-        stream.update(step, gradients.parts(replayed), gradients.leaves(replayed))
+            strategy = gradients.choose(strategy, replayed, reductions)
+        stream.update(step, gradients.parts(replayed, strategy), gradients.leaves(replayed))
         if step == steps.start or step % BLOCK_STEPS == 0:
-            gap = max(gap, gradients.gap(replayed))
+            gap = max(gap, gradients.gap(replayed, strategy))
         size = len(replayed.ids)
         occurrences.append(step * size + np.flatnonzero(replayed.ids >= 0))
         deviation, closed = replayed.deviation, replayed.closed
@@ -281,7 +292,7 @@ def reduce(
         steps,
         np.concatenate(occurrences).astype(np.int64),
         Grade.NUMERIC if deviation else grade,
-        gradients.strategies(),
+        gradients.strategies(strategy),
         gap,
         deviation,
     )

@@ -379,6 +379,45 @@ def test_tensors_without_factors_are_computed_sample_by_sample(tmp_path):
     close(found.answers[0], jax.tree.map(lambda *parts: sum(parts), *squares))
 
 
+def test_weights_that_are_joined_before_they_meet_the_data_keep_factors_of_their_own(tmp_path):
+    def joined(params, example, key):
+        gates = example["x"] @ jnp.concatenate([params["a"], params["b"]], axis=1)
+        return jnp.sin(gates).sum() - example["y"]
+
+    weights = {"a": normal(3, 2), "b": normal(3, 3, seed=1)}
+    run = tiny.record(tmp_path / "run", tiny.program(joined, weights))
+    table = run.log.header.programs["factors"]["table"]
+    assert [entry["leaves"][1][0][-1] for entry in table] == [2, 3], "each its own columns"
+    found = run.reduce(Sum("square"), strategy="factored")
+    assert found.strategies == {"a": "factored", "b": "factored"}
+    grad = jax.vmap(jax.grad(joined), (None, 0, None))
+    squares = [
+        jax.tree.map(lambda g: jnp.square(g).sum(0), grad(s.state.params, s.batch, None))
+        for s in run.trajectory()
+    ]
+    close(found.answers[0], jax.tree.map(lambda *parts: sum(parts), *squares))
+
+
+@pytest.mark.parametrize("step", [5, tiny.STEPS - 1])
+def test_losses_that_depart_from_the_log_are_noticed_before_there_is_an_answer(tmp_path, step):
+    run = tiny.record(tmp_path / "run")
+    changed = replay.open(run.path)
+    column = changed.log.column
+
+    def one_other(name, start, stop):
+        values = np.array(column(name, start, stop))
+        if name == "witness" and start <= step < stop:
+            values[step - start] ^= 1
+        return values
+
+    changed.log.column = one_other
+    with pytest.raises(replay.DivergenceError, match=f"the losses of step {step}"):
+        changed.reduce(Sum("square"))
+    with pytest.warns(UserWarning, match=f"the losses of step {step}"):
+        found = changed.reduce(Sum("square"), exact=False)
+    assert found.grade == replay.Grade.NUMERIC
+
+
 def test_a_program_that_does_not_know_single_samples_says_so(tmp_path):
     whole = tiny.program()
     program = replay.Program.from_functions(whole.init, whole.gradient, whole.update)

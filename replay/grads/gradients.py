@@ -77,24 +77,39 @@ class Tensor:
         form: what is known of its gradients.
         meetings: numbers of the meetings that it takes part in.
         reason: why the way is not `rule`; empty where it is.
+        box: the part of the meeting's `Outer` that is the tensor's own, as `(first, stop)` of each
+            axis of its product; None for all of it.
     """
 
     path: str
     form: Form
     meetings: tuple[int, ...] = ()
     reason: str = ""
+    box: tuple[tuple[int, int], ...] | None = None
+
+    def cut(self, factor: Any) -> Any:
+        """Return the tensor's own part of the factor of its meeting."""
+        if self.box is None:
+            return factor
+        (b, b_stop), (i, i_stop), (j, j_stop) = self.box
+        left, right = factor
+        return Outer(left[b:b_stop, :, i:i_stop], right[b:b_stop, :, j:j_stop])
 
 
 def plan(
-    meetings: Sequence[Meeting], kinds: Sequence[type], structs: Sequence[Any], paths: Sequence[str]
+    meetings: Sequence[Meeting],
+    factors: Sequence[Factor],
+    structs: Sequence[Any],
+    paths: Sequence[str],
 ) -> tuple[Tensor, ...]:
-    """Choose a way for every tensor; `kinds` are the classes of the meetings' factors."""
+    """Choose a way for every tensor; `factors` are the shapes of the meetings' factors."""
+    kinds = [type(factor) for factor in factors]
     offsets = np.cumsum([0] + [math.prod(x.shape) for x in structs])
     tensors = []
     for number, (struct, path) in enumerate(zip(structs, paths, strict=True)):
         mine = [i for i, meeting in enumerate(meetings) if number in meeting.leaves]
         form = Form(tuple(struct.shape), str(struct.dtype), "factors")
-        reason = ""
+        reason, box = "", None
         if not mine:
             form, reason = _way(form, "zero"), "the loss does not depend on it"
         elif all(kinds[i] is Whole for i in mine):
@@ -119,7 +134,13 @@ def plan(
                     places=places,
                     alone=len(meetings[mine[0]].leaves) == 1,
                 )
-        tensors.append(Tensor(path, form, tuple(mine), reason))
+                box = _box(form, factors[mine[0]])
+                if box is not None:
+                    moves = (("reshape", form.shape),)
+                    form = dataclasses.replace(
+                        form, value=form.shape, moves=moves, places=None, alone=True
+                    )
+        tensors.append(Tensor(path, form, tuple(mine), reason, box))
     return tuple(tensors)
 
 
@@ -135,6 +156,22 @@ def _places(source: Any, start: int, size: int) -> tuple[bytes | None, bool]:
     if (places >= 0).sum() < len(elements):
         return None, True
     return None if np.array_equal(places, np.arange(flat.size)) else places.tobytes(), False
+
+
+def _box(form: Form, factor: Factor) -> tuple[tuple[int, int], ...] | None:
+    """Return which neighbouring rows and columns of a product are a tensor, in their order."""
+    if form.places is None or not isinstance(factor, Outer):
+        return None
+    places = np.frombuffer(form.places, "<i4")
+    if (places < 0).any():
+        return None
+    (b, _, i), j = factor.left.shape, factor.right.shape[2]
+    product = np.arange(b * i * j).reshape(b, i, j)
+    numbers = move(product, form.moves).reshape(-1)[places]
+    axes = np.unravel_index(numbers, product.shape)
+    box = tuple((int(axis.min()), int(axis.max()) + 1) for axis in axes)
+    inside = product[tuple(slice(*bounds) for bounds in box)].reshape(-1)
+    return box if np.array_equal(inside, numbers) else None
 
 
 def _way(form: Form, way: str) -> Form:
@@ -371,6 +408,8 @@ class Factored(Gradients):
         if self.outer is None or self.form.places is not None:
             return super().total(of)
         left, right = self.outer
+        if of == "value" and left.shape[1] == 1:
+            return jnp.einsum("nti,ntj->ij", left[:, 0], right[:, 0])[None]
         if of == "value":
             return jnp.einsum("nbti,nbtj->bij", left, right)
         blank = jnp.zeros(self.layout, self.form.wide)

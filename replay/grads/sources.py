@@ -101,7 +101,7 @@ class Problem:
 
         taps = tap(flat_loss, list(self.leaves), *self.rows, *self.shared)
         _, shapes = jax.eval_shape(taps.factors, self.leaves, [*self.rows, *self.shared])
-        tensors = plan(taps.meetings, [type(x) for x in shapes], self.leaves, self.names)
+        tensors = plan(taps.meetings, shapes, self.leaves, self.names)
         numbers = range(len(tensors)) if chosen is None else chosen
         wanted = {i: tensors[i] for i in numbers}
 
@@ -118,7 +118,7 @@ class Problem:
                 elif tensor.form.way == "zero":
                     payloads.append(jnp.int32(0))
                 else:
-                    payloads.append(mine[0] if tensor.form.way == "rule" else mine)
+                    payloads.append(tensor.cut(mine[0]) if tensor.form.way == "rule" else mine)
             return payloads
 
         each = _bytes(jax.eval_shape(one, self.leaves, self.rows, self.shared))
@@ -148,7 +148,8 @@ class Problem:
 
         each = _bytes([jax.ShapeDtypeStruct(form.shape, form.wide) for form in forms])
         scan = strategy == "scan"
-        at_once = self._at_once(each, memory, _SCANNED if scan else None)
+        # Twice, because some reductions (an arg-max) hold a copy of what they look at.
+        at_once = self._at_once(2 * each, memory, _SCANNED if scan else None)
         return Group(strategy, wanted, each, at_once, _one_by_one(one) if scan else _over(one))
 
     def groups(self, strategies: Sequence[str], memory: int) -> list[Group]:

@@ -1,6 +1,6 @@
 """Record a JAX training run log-light; ask afterwards what happened, bit for bit."""
 
-from replay.api import Run, Step, open, record
+from replay.api import Run, Step, compute, open, record
 from replay.checkpoints import Checkpoints
 from replay.data import Data
 from replay.errors import (
@@ -11,6 +11,7 @@ from replay.errors import (
     LogError,
     OrderError,
     ProgramError,
+    QueryError,
     ReplayError,
 )
 from replay.grads import reductions
@@ -35,11 +36,13 @@ __all__ = [
     "OrderError",
     "Program",
     "ProgramError",
+    "QueryError",
     "Recorder",
     "ReplayError",
     "Run",
     "State",
     "Step",
+    "compute",
     "open",
     "per_sample",
     "record",

@@ -1,33 +1,37 @@
 """What a researcher holds: record a training, open it later, ask for any state, audit it."""
 
 import collections
-import contextlib
+import concurrent.futures
 import functools
 import operator
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.progress
 from jaxtyping import Array, Float, Key, PyTree
 
 from replay.artifact import KEY_IMPLEMENTATION
+from replay.asking import Asking, Subject
 from replay.data import Data
 from replay.errors import Grade, LogError, OrderError, printable
-from replay.execute import Reduced, SampleGradients, reduce
 from replay.grads.per_sample import MEMORY
 from replay.grads.reductions import Reduction, TopK
 from replay.grads.stream import check
 from replay.log import Log, thin
 from replay.order import Order
 from replay.program import Inputs, Program, State
+from replay.progress import progress_bar
+from replay.quantities import Quantities
+from replay.query.expressions import Expression
+from replay.query.nodes import Node
 from replay.recorder import Recorder, check_program, state_tree
 from replay.replaying import Audit, Replayer
+from replay.results import Result
+from replay.sample_gradients import Reduced, SampleGradients, reduce
 from replay.store import Place
 from replay.tree import Leaf, lift, nest
 
@@ -87,7 +91,7 @@ def record(
     """
     source = Data.of(data)
     with Recorder(path, program, source, order, key=key, **options) as recorder:
-        with _progress("recording", recorder.steps or 0, progress) as report:
+        with progress_bar("recording", recorder.steps or 0, progress) as report:
             report(recorder.step)
             steps = 1
             while True:
@@ -137,7 +141,7 @@ def open(
     return Run(log, source, tree=None if program is None else state_tree(program), allow=allow)
 
 
-class Run:
+class Run(Quantities):
     """A recorded run. Every state, batch and gradient of its past can be asked for.
 
     Made by `replay.open` and `replay.record`. Without the program, trees are nested dicts by
@@ -151,6 +155,22 @@ class Run:
         self.log, self._data, self._tree, self._allow = log, data, tree, tuple(allow)
         self._replayer = Replayer(log, data, allow=allow)
         self._gradients: dict[int, SampleGradients] = {}
+        subject = Subject(
+            self.path,
+            log,
+            lambda: self._replayer,
+            self._of_samples,
+            self.history,
+            {},
+            self._allow,
+            portable=data is None or log.header.data == "embedded",
+        )
+        self.asking = Asking([subject], _work)
+
+    def _of_samples(self, memory: int) -> SampleGradients:
+        if memory not in self._gradients:  # what is compiled once serves the next question
+            self._gradients[memory] = SampleGradients(self.log, allow=self._allow, memory=memory)
+        return self._gradients[memory]
 
     @property
     def path(self) -> str:
@@ -361,12 +381,10 @@ class Run:
                 why="samples are reduced in the order in which they were trained on",
                 fix="a slice of at least one step, without a stride",
             )
-        if memory not in self._gradients:  # what is compiled once serves the next question
-            self._gradients[memory] = SampleGradients(self.log, allow=self._allow, memory=memory)
-        with _progress("reducing", stop - start, progress) as report:
+        with progress_bar("reducing", stop - start, progress) as report:
             found = reduce(
                 self._replayer,
-                self._gradients[memory],
+                self._of_samples(memory),
                 reductions,
                 range(start, stop),
                 strategy=strategy,
@@ -413,7 +431,7 @@ class Run:
         edges = sorted({*self.log.durable.checkpoints, self.steps})
         total = sum(b - a for a, b in zip(edges, edges[1:], strict=False) if b > start and a < stop)
         begun = time.perf_counter()
-        with _progress("replaying", total, progress) as report:
+        with progress_bar("replaying", total, progress) as report:
             segments = self._replayer.audit(start, stop, report)
         return Audit(
             run=self.path,
@@ -508,6 +526,56 @@ class Run:
         return nest([leaf.path for leaf in self.log.header.signature.grads], leaves)
 
 
+def compute(
+    *expressions: Expression,
+    progress: bool | None = None,
+    memory: int = MEMORY,
+    executor: concurrent.futures.Executor | None = None,
+    exact: bool = True,
+    strategy: str = "factored",
+) -> list[Result]:
+    """Answer several questions in one replay.
+
+    An answer has the same bits whether it is asked for alone or together with others.
+
+    Args:
+        *expressions: the questions, of one run or of several.
+        progress: whether to show a progress bar; by default where there is a terminal.
+        memory: bytes that an answer may take, and a batch's multiplied-out gradients of a tensor.
+        executor: replays parts, cut at stored states; here by default. Its processes open the run
+            by its path, so its data must lie in the run.
+        exact: raise where a replay departs from its run; else it is told as the grade.
+        strategy: of per-sample gradients: `factored` where a tensor has factors, or `scan`.
+
+    Raises:
+        QueryError: the answer is too large, or has no meaning.
+        LogError, DataError, DivergenceError: as `Run.trajectory`.
+    """
+    if not expressions:
+        return []
+    asking = functools.reduce(lambda a, b: a.joint(b), (x.source for x in expressions))
+    return asking.compute(
+        *expressions,
+        progress=progress,
+        memory=memory,
+        executor=executor,
+        exact=exact,
+        strategy=strategy,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(path: str, allow: tuple[str, ...]) -> Run:
+    return open(path, allow=allow)
+
+
+def _work(
+    path: str, allow: tuple[str, ...], nodes: Sequence[Node], within: range, options: dict[str, Any]
+) -> Any:
+    """Replay a part of a question in another process."""
+    return _opened(path, allow).asking.part(nodes, within, options)
+
+
 @jax.jit
 def _fold(run_key, step, ids, weights):
     return Inputs.fold(run_key, step, ids, weights, ())
@@ -530,29 +598,3 @@ def _embedded(log: Log, tree: Any) -> Data:
 
     samples = log.header.arrays["data"][0].shape[0]
     return Data(log.header.signature.batch, tree, samples, read)
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int, show: bool | None) -> Iterator[Callable[..., None]]:
-    """Show a progress bar in a terminal: steps, loss, steps per second, time left."""
-    console = rich.console.Console(stderr=True)
-    if show is None:
-        show = console.is_terminal
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("{task.fields[loss]}"),
-        rich.progress.TextColumn("{task.fields[speed]}"),
-        rich.progress.TimeRemainingColumn(),
-    )
-    with rich.progress.Progress(*columns, console=console, disable=not show) as bar:
-        task = bar.add_task(what, total=total, loss="", speed="")
-
-        def report(steps: int, loss: float | None = None) -> None:
-            speed = bar.tasks[0].speed
-            bar.update(task, advance=steps, speed=f"{speed:,.0f} steps/s" if speed else "")
-            if loss is not None:
-                bar.update(task, loss=f"loss {loss:.4g}")
-
-        yield report

@@ -51,6 +51,10 @@ class IdentityError(ReplayError):
     """A program, machine or setting that is not the one the run was recorded with."""
 
 
+class QueryError(ReplayError):
+    """A question that names what does not exist, or asks for what has no meaning."""
+
+
 class DivergenceError(ReplayError):
     """A replayed step whose bits differ from what the run logged."""
 

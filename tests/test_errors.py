@@ -20,7 +20,7 @@ def test_an_error_has_three_parts_and_survives_a_process_boundary():
 
 def test_every_error_is_a_replay_error():
     names = [name for name in replay.__all__ if name.endswith("Error")]
-    assert len(names) == 7
+    assert len(names) == 8
     for name in names:
         assert issubclass(getattr(replay, name), replay.ReplayError)
 

@@ -16,8 +16,11 @@ LAYERS = (
     ("errors", "identity", "tree"),
     ("program", "artifact", "order", "data", "store", "journal", "checkpoints"),
     ("log", "grads", "query", "cache"),
-    ("trajectory", "plan", "writer"),
-    ("execute", "fork", "worker", "selftest", "recording", "recorder", "replaying"),
+    ("trajectory", "plan", "writer", "progress"),
+    ("worker", "selftest", "recording", "recorder", "replaying", "sample_gradients"),
+    ("frames", "results"),
+    ("execute", "fork"),
+    ("asking", "quantities"),
     ("api", "report"),
     ("cli", "demo"),
     ("__main__",),
@@ -31,7 +34,8 @@ WITHIN_A_LAYER = {
     ("artifact", "program"): "an artifact is a program, exported",
     ("selftest", "worker"): "the fresh process of the proof is a worker",
     ("replaying", "worker"): "a replay with another thread count runs in a worker",
-    ("execute", "replaying"): "questions are answered along a replay",
+    ("sample_gradients", "replaying"): "per-sample gradients are computed along a replay",
+    ("quantities", "asking"): "a quantity is an expression that asks its run",
     ("recording", "selftest"): "the proof runs beside the first steps of a recording",
     ("recorder", "recording"): "a recorder ends by handing over a recording",
     ("recorder", "selftest"): "what is compiled for a recording is compiled for its proof",
@@ -46,7 +50,7 @@ OWNERS = {
     "sqlglot": ("query.sql",),
     "duckdb": ("query.sql",),
     "flax": ("program", "demo"),
-    "sklearn": ("demo",),
+    "sklearn": ("demo", "query.clusters"),
     "replay.kernels": ("grads",),
     "experiments": (),
     "tests": (),
@@ -59,7 +63,15 @@ FORBIDDEN = {
 }
 
 # Not installed with the core, so imported inside the function that needs it; all else on top.
-EXTRAS = ("flax", "matplotlib", "sklearn", "sqlglot", "duckdb", "replay.kernels.top_k_cpu")
+EXTRAS = (
+    "flax",
+    "matplotlib",
+    "sklearn",
+    "sqlglot",
+    "duckdb",
+    "pyarrow",
+    "replay.kernels.top_k_cpu",
+)
 
 MOST_PUBLIC_NAMES = 25
 

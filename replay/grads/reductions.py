@@ -284,7 +284,16 @@ class Blocks:
 
     def close(self, block: int, state: Any) -> None:
         """Take the state of a block, or of the part of it that lies in the range."""
-        node = (0, block, state)
+        self.push(0, block, state)
+
+    @property
+    def nodes(self) -> list[tuple[int, int, Any]]:
+        """What there is: level, number in the level, state; `push` takes it elsewhere."""
+        return list(self._nodes)
+
+    def push(self, level: int, number: int, state: Any) -> None:
+        """Take the state of 2**level blocks whose first is a multiple of that."""
+        node = (level, number, state)
         while self._nodes and self._nodes[-1][:2] == (node[0], node[1] ^ 1) and node[1] & 1:
             level, _, first = self._nodes.pop()
             node = (level + 1, node[1] >> 1, self._merge(first, node[2]))

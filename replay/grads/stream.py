@@ -25,12 +25,17 @@ class Stream:
     Args:
         reductions: of `replay.reductions`.
         tensors: how many the parameters have.
+        only: those that are asked about; all by default.
     """
 
-    def __init__(self, reductions: Sequence[Reduction], tensors: int):
+    def __init__(
+        self, reductions: Sequence[Reduction], tensors: int, only: Sequence[int] | None = None
+    ):
         self.reductions, self._tensors = tuple(reductions), tensors
+        self._only = frozenset(range(tensors) if only is None else only)
         self._block: int | None = None
         self._cells: dict[tuple[int, int], _Cell] = {}
+        self._absorbed: dict[tuple[int, int], tuple[Form, Any, Blocks]] = {}
         self._columns: dict[int, list[Any]] = {
             i: [] for i, r in enumerate(self.reductions) if isinstance(r, Norm | Dot)
         }
@@ -58,6 +63,8 @@ class Stream:
         looked: dict[int, dict[int, list[Any]]] = {i: {} for i in self._columns}
         for group, payloads, occurrences in parts:
             for number, payload in zip(group.tensors, payloads, strict=True):
+                if number not in self._only:
+                    continue
                 for i, reduction in enumerate(self.reductions):
                     if isinstance(reduction, Norm | Dot):
                         column = _look(reduction, group, number)(payload, leaves)
@@ -69,6 +76,26 @@ class Stream:
         for i, columns in looked.items():
             self._columns[i].append([columns[number] for number in range(self._tensors)])
 
+    def state(self) -> dict[tuple[int, int], Any]:
+        """Return the running states, for another process to `absorb`; columns left out."""
+        return {key: cell.state(self._block) for key, cell in self._cells.items()}
+
+    def absorb(self, state: dict[tuple[int, int], Any]) -> None:
+        """Take what later steps have come to elsewhere."""
+        for key, (form, layout, nodes) in state.items():
+            if key not in self._absorbed:
+                merge = _merge(self.reductions[key[0]])
+                self._absorbed[key] = (form, layout, Blocks(merge))
+            for node in nodes:
+                self._absorbed[key][2].push(*node)
+
+    def _result(self, i: int, number: int) -> Any:
+        if (i, number) in self._absorbed:
+            form, layout, blocks = self._absorbed[i, number]
+            return _final(self.reductions[i], form, layout)(blocks.result())
+        cell = self._cells.get((i, number))
+        return None if cell is None else cell.result(self._block)
+
     def results(self) -> list[Any]:
         """Return, for each reduction, a list of what was found for each tensor, or one column.
 
@@ -79,8 +106,7 @@ class Stream:
             if isinstance(reduction, Norm | Dot):
                 answers.append(self._joined(reduction, self._columns[i]))
             else:
-                cells = [self._cells[i, number] for number in range(self._tensors)]
-                answers.append([cell.result(self._block) for cell in cells])
+                answers.append([self._result(i, number) for number in range(self._tensors)])
         return answers
 
     def _joined(self, reduction: Column, steps: list[Any]) -> Any:
@@ -123,11 +149,18 @@ class _Cell:
             self._blocks.close(block, self._state)
         self._state = None
 
-    def result(self, block: int | None) -> Any:
-        blocks = self._blocks
+    def state(self, block: int | None) -> tuple[Form, Any, list]:
+        nodes = self._with_open(block).nodes
+        return self._form, self._layout, jax.tree.map(np.asarray, nodes)
+
+    def _with_open(self, block: int | None) -> Blocks:
+        blocks = self._blocks.copy()
         if self._state is not None and block is not None:
-            blocks = blocks.copy()
             blocks.close(block, self._state)
+        return blocks
+
+    def result(self, block: int | None) -> Any:
+        blocks = self._with_open(block)
         answer = _final(self._reduction, self._form, self._layout)(blocks.result())
         # JAX may read numpy's memory after the call returns, and the kernel writes into it again.
         return jax.block_until_ready(answer) if self._on_host else answer

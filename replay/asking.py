@@ -1,0 +1,517 @@
+"""From an expression to its answer: the runs that are asked, the replay, the result."""
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from replay import plan as planning
+from replay.data import Data
+from replay.errors import DataError, Grade, QueryError
+from replay.execute import MEMORY, Asked, Execution
+from replay.frames import Observers
+from replay.grads import strategy as rates
+from replay.grads.reductions import BLOCK_STEPS
+from replay.identity import sha256
+from replay.log import Log
+from replay.progress import progress_bar
+from replay.query.expressions import Expression
+from replay.query.nodes import ELSEWHERE, QUANTITIES, Group, Lag, Node, Part, Scan
+from replay.replaying import Replayer
+from replay.results import RULE, Result, result_of
+from replay.sample_gradients import SampleGradients
+
+# Trainings of a step that a replayed step takes where nothing was measured: the step itself, and
+# for each root by what it looks at.
+REPLAYED = 1.3
+COSTS = {
+    "weights": 0.2, "opt_state": 0.2, "grads": 0.2, "updates": 0.3, "carried_updates": 3.0,
+    "residual_updates": 3.0, "condition": 4.0, "samples": 0.05, "sample_losses": 0.05,
+    "sample_grads": 2.0, "sample_updates": 6.0, "activations": 1.0, "column": 0.05,
+}  # fmt: skip
+
+
+class Subject(NamedTuple):
+    """A run that can be asked.
+
+    Attributes:
+        name: in plans.
+        log: the record.
+        replayer: returns what re-executes it.
+        gradients: memory -> its per-sample gradients.
+        history: returns its columns.
+        others: data sources by name.
+        allow: custom calls that its programs may make.
+        portable: whether another process can open it by its path alone.
+    """
+
+    name: str
+    log: Log
+    replayer: Callable[[], Replayer]
+    gradients: Callable[[int], SampleGradients]
+    history: Callable[[], dict[str, np.ndarray]]
+    others: dict[str, Data]
+    allow: tuple[str, ...]
+    portable: bool
+
+
+class Asking:
+    """Whom expressions ask: one run, or several that a question combines.
+
+    Args:
+        subjects: the runs.
+        work: `work(path, allow, nodes, range, options)`, what another process is to do.
+    """
+
+    def __init__(self, subjects: Sequence[Subject], work: Callable[..., Any]):
+        self.subjects = {subject.name: subject for subject in subjects}
+        self._work = work
+        self._observers: dict[tuple[str, str, int], Observers] = {}
+
+    def joint(self, other: "Asking") -> "Asking":
+        """Return whom a question about the runs of both asks."""
+        if set(other.subjects) <= set(self.subjects):
+            return self
+        both = {**self.subjects, **other.subjects}
+        return Asking(list(both.values()), self._work)
+
+    # ---- building expressions
+
+    def scan(self, quantity: str, *, name: str = "", source: str = "") -> Expression:
+        """Return a quantity of the (one) run, whole.
+
+        Raises:
+            QueryError: there is no such column, activation or program.
+        """
+        (subject,) = self.subjects.values()
+        log = subject.log
+        steps = log.durable.steps
+        dims = (ELSEWHERE if source else QUANTITIES)[quantity]
+        where = (0, steps + 1, 1) if "state" in dims else (0, steps, 1)
+        tensors: tuple[Part, ...] = ()
+        if "weight" in dims:
+            prefix = "opt_state" if quantity == "opt_state" else "params"
+            tensors = tuple(
+                Part(leaf.path.partition("/")[2], tuple(leaf.shape))
+                for leaf in log.header.signature.state
+                if leaf.path.partition("/")[0] == prefix and leaf.key is None
+            )
+        samples = len(subject.others[source]) if source else 0
+        needs = {
+            "sample_grads": "sample_gradient", "sample_updates": "sample_gradient",
+            "condition": "sample_gradient", "activations": "activations",
+        }.get(quantity, "losses" if source else "")  # fmt: skip
+        if needs and needs not in log.header.programs:
+            raise QueryError(
+                f"{log.place} cannot answer for {quantity}",
+                why=f"it was recorded without a program {needs!r}; it has "
+                f"{', '.join(sorted(log.header.programs))}",
+                fix="record it with a program that defines it",
+            )
+        plan = Scan(subject.name, quantity, where, tensors, name, source, samples)
+        return Expression(plan, self)
+
+    def activations(self, name: str, source: str = "") -> Expression:
+        """Return a tagged intermediate.
+
+        Raises:
+            QueryError: nothing of that name was tagged.
+        """
+        found = self.scan("activations", name=name, source=source)
+        (subject,) = self.subjects.values()
+        names = [leaf["name"] for leaf in subject.log.header.programs["activations"]["table"]]
+        if name not in names:
+            raise QueryError(
+                f"there are no activations {name!r}",
+                why="a loss names them by jax.ad_checkpoint.checkpoint_name(x, name)",
+                fix=f"one of {', '.join(names)}",
+            )
+        return found
+
+    def column(self, name: str) -> Expression:
+        """Return a logged column."""
+        (subject,) = self.subjects.values()
+        _column(subject, name)
+        return self.scan("column", name=name)
+
+    def add(self, source: Any, name: str) -> str:
+        """Take a data source, and return the name that plans know it by.
+
+        Raises:
+            DataError: its examples have another form than the run's.
+        """
+        (subject,) = self.subjects.values()
+        data = Data.of(source)
+        theirs, ours = data.spec, subject.log.header.signature.batch
+        if [(x.shape, x.dtype) for x in theirs] != [(x.shape, x.dtype) for x in ours]:
+            raise DataError(
+                f"examples of {', '.join(map(str, theirs))}",
+                why=f"the run's loss takes {', '.join(map(str, ours))}",
+                fix="pass examples of the same leaves, shapes and dtypes",
+            )
+        name = name or f"source{len(subject.others)}"
+        subject.others[name] = data
+        return name
+
+    def labels(self, by: Any) -> Group:
+        """Return the groups of a dimension's name, or of labels."""
+        subject = next(iter(self.subjects.values()))
+        samples = self._samples()
+        if isinstance(by, str):
+            if by in ("tensor", "unit", "epoch"):
+                return Group(by)
+            if by == "sample":
+                return Group("sample", size=samples)
+            raise QueryError(
+                f"there are no groups by {by!r}",
+                why="groups have a name, or are given by labels",
+                fix="one of tensor, unit, epoch, sample, or an array with a label for each sample",
+            )
+        labels = np.asarray(by).reshape(-1)
+        if len(labels) != samples:
+            raise QueryError(
+                f"{len(labels)} labels for the {samples} samples of {subject.log.place}",
+                why="the label of sample i is the i-th",
+                fix="pass an array with one label for each sample of the data set, in its order",
+            )
+        names, numbers = np.unique(labels, return_inverse=True)
+        return Group("labels", numbers.astype("<i4").tobytes(), tuple(names.tolist()))
+
+    def epochs(self, wanted: Sequence[int]) -> np.ndarray:
+        """Return the steps of epochs."""
+        subject = next(iter(self.subjects.values()))
+        steps = np.arange(subject.log.durable.steps)
+        numbers = _epochs(subject.log, steps)
+        there = np.unique(numbers)
+        missing = [epoch for epoch in wanted if epoch not in there]
+        if missing:
+            raise QueryError(
+                f"there is no epoch {missing[0]}",
+                why=f"the run has epochs {there[0]} to {there[-1]}",
+                fix="choose among them",
+            )
+        return steps[np.isin(numbers, wanted)]
+
+    def batches(self) -> int:
+        """Return the batch size."""
+        return next(iter(self.subjects.values())).log.header.signature.batch_size
+
+    def _samples(self) -> int:
+        subject = next(iter(self.subjects.values()))
+        if subject.log.header.order is not None:
+            return int(subject.log.header.order[1])
+        return int(subject.log.ids(0, subject.log.durable.steps).max(initial=-1)) + 1
+
+    # ---- answers
+
+    def compute(
+        self,
+        *expressions: Expression,
+        progress: bool | None = None,
+        memory: int = MEMORY,
+        executor: Executor | None = None,
+        exact: bool = True,
+        strategy: str = "factored",
+    ) -> list[Result]:
+        """Answer several questions in one replay.
+
+        Args:
+            *expressions: the questions.
+            progress: whether to show a progress bar; by default where there is a terminal.
+            memory: bytes that an answer, or a tensor's gradients of one batch, may take.
+            executor: where to replay parts; here by default.
+            exact: raise where a replay departs from its run, else report it as the grade.
+            strategy: `factored`, or `scan` over samples.
+        """
+        nodes = [planning.canonical(expression.plan) for expression in expressions]
+        asked = {name: self._asked(name, memory, strategy) for name in self._names(nodes)}
+        total = self._steps(nodes, asked)
+        with progress_bar("asking", total, progress if total else False) as report:
+            execution = Execution(asked, memory=memory, exact=exact, progress=report)
+            distribute = None
+            if executor is not None:
+                distribute = functools.partial(
+                    self._distribute, executor=executor,
+                    options={"memory": memory, "exact": exact, "strategy": strategy},
+                )  # fmt: skip
+            begun = time.perf_counter()
+            answers = execution.answer(nodes, distribute)
+            if executor is None:
+                self._remember(nodes, asked, execution.steps, time.perf_counter() - begun)
+        return [
+            self._result(node, answer, execution)
+            for node, answer in zip(nodes, answers, strict=True)
+        ]
+
+    def explain(
+        self,
+        *expressions: Expression,
+        memory: int = MEMORY,
+        strategy: str = "factored",
+        **_: Any,
+    ) -> str:
+        """Tell what an answer takes, executing nothing."""
+        nodes = [planning.canonical(expression.plan) for expression in expressions]
+        asked = {name: self._asked(name, memory, strategy) for name in self._names(nodes)}
+        return planning.explain(
+            nodes,
+            {name: one.catalogue for name, one in asked.items()},
+            functools.partial(self._rate, asked),
+            memory=memory,
+        )
+
+    def _names(self, nodes: Sequence[Node]) -> list[str]:
+        return sorted({scan.run for node in nodes for scan in node.scans()})
+
+    def _asked(self, name: str, memory: int, strategy: str) -> Asked:
+        if strategy not in ("factored", "scan"):
+            raise QueryError(
+                f"there is no strategy {strategy!r} for recorded steps",
+                why="they are answered by archived programs",
+                fix="one of factored, scan",
+            )
+        subject = self.subjects[name]
+        key = (name, strategy, memory)
+        if key not in self._observers:
+            self._observers[key] = Observers(
+                subject.log,
+                subject.gradients(memory),
+                subject.others,
+                allow=subject.allow,
+                way=strategy,
+            )
+        log = subject.log
+        return Asked(
+            subject.replayer(),
+            self._observers[key],
+            _catalogue(subject, strategy),
+            lambda column: _column(subject, column),
+            functools.partial(_epochs, log),
+        )
+
+    def _steps(self, nodes: Sequence[Node], asked: Mapping[str, Asked]) -> int:
+        total = 0
+        for stage in planning.stages([root for node in nodes for root in planning.roots(node)]):
+            for name in sorted({run for root in stage for run in planning.runs_of(root)}):
+                mine = [root for root in stage if name in planning.runs_of(root)]
+                passed, reached = planning.union(mine)
+                walk = planning.spans(asked[name].catalogue.checkpoints, passed, reached)
+                total += sum(span.steps for span in walk)
+        return total
+
+    def _result(self, node: Node, answer: Any, execution: Execution) -> Result:
+        scans = list(node.scans())
+        log = self.subjects[scans[0].run].log
+        attributes: dict[str, Any] = {
+            "plan": "\n".join(answer.node.lines()),
+            "grade": str(answer.grade) if any(map(planning.replayed, [node])) else "LOGGED",
+            "steps": answer.steps,
+        }
+        if {"sample_updates", "condition"} & {scan.quantity for scan in scans}:
+            attributes["rule"] = RULE
+        if answer.occurrences is not None and not len(answer.occurrences[0]):
+            attributes["empty"] = "the anchor never happens, or nothing stands on that side of it"
+        return result_of(
+            node,
+            answer.value,
+            attributes=attributes,
+            batch=log.header.signature.batch_size,
+            samples_at=functools.partial(_samples_at, log),
+            keys=_keys(execution, node),
+            occurrences=answer.occurrences,
+        )
+
+    # ---- other processes
+
+    def _distribute(
+        self, execution: Execution, names: tuple[str, ...], roots: Mapping[Node, Any],
+        *, executor: Executor, options: dict[str, Any],
+    ) -> bool:  # fmt: skip
+        """Replay parts in an executor; False where that cannot be."""
+        name, *others = names
+        if others or not self.subjects[name].portable:
+            return False
+        if any(map(planning.stops_early, roots)) or any(map(_looks_back, roots)):
+            return False
+        if any(scan.source for node in roots for scan in node.scans()):
+            return False
+        if any(planning.constants(node) for node in roots):
+            return False
+        subject, asked = self.subjects[name], execution.runs[name]
+        passed, reached = planning.union(list(roots))
+        looked = np.union1d(passed, reached)
+        workers = getattr(executor, "_max_workers", 4)
+        cuts = portions(asked.catalogue.checkpoints, looked, workers)
+        if len(cuts) < 2:
+            return False
+        nodes = list(roots)
+        jobs = [
+            executor.submit(self._work, str(subject.log.place), subject.allow, nodes, cut, options)
+            for cut in cuts
+        ]
+        try:
+            for job in jobs:
+                states, grade, steps = job.result()
+                for node, state in zip(nodes, states, strict=True):
+                    roots[node].absorb(state)
+                execution.grade = execution.grade & Grade[grade]
+                execution.steps += steps
+                execution._progress(steps)
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            raise
+        return True
+
+    def part(self, nodes: Sequence[Node], within: range, options: dict[str, Any]) -> Any:
+        """Do what another process was asked to: return states, grade and steps."""
+        (name,) = self._names(nodes)
+        asked = {name: self._asked(name, options["memory"], options["strategy"])}
+        execution = Execution(asked, memory=options["memory"], exact=options["exact"])
+        for node in nodes:
+            for scan in node.scans():
+                if scan.quantity == "column":
+                    execution.value(scan)
+        roots = {node: execution._root(node) for node in nodes}
+        execution.walk((name,), roots, within)
+        return [root.state() for root in roots.values()], execution.grade.name, execution.steps
+
+    # ---- rates
+
+    def _rate(self, asked: Mapping[str, Asked], stage: Sequence[Node], name: str) -> Any:
+        """Return the trainings that a replayed step takes, and whether that was measured."""
+        known = [rates.recall(self._rate_key(root, asked[name])) for root in stage]
+        if all(known):
+            return max(1.0, sum(x["above"] for x in known if x) + REPLAYED), True
+        total = REPLAYED
+        for root, measured in zip(stage, known, strict=True):
+            if measured:
+                total += measured["above"]
+            else:
+                total += max((COSTS[scan.quantity] for scan in root.scans()), default=0)
+        return total, False
+
+    def _rate_key(self, root: Node, asked: Asked) -> str:
+        texts = sorted(
+            str(entry.get("text")) for entry in asked.observers.log.header.programs.values()
+        )
+        scans = [
+            (scan.quantity, scan.name, [(p.path, p.indices is None) for p in scan.tensors])
+            for scan in root.scans()
+        ]
+        shape = [type(x).__name__ + str(getattr(x, "how", "")) for x in _all(root)]
+        key = sha256(repr((scans, shape, texts)).encode())
+        return rates.identity("rate of a replayed question", key, 0, 0)
+
+    def _remember(
+        self, nodes: Sequence[Node], asked: Mapping[str, Asked], steps: int, seconds: float
+    ) -> None:
+        """Keep what a replayed step took, for the next prediction."""
+        wanted = [root for node in nodes for root in planning.roots(node)]
+        if len(asked) != 1 or len(wanted) != 1 or steps < 8:
+            return
+        ((_, one),) = asked.items()
+        key = self._rate_key(wanted[0], one)
+        ratio = seconds / steps / one.catalogue.seconds
+        before = rates.recall(key)
+        above = max(0.0, ratio - REPLAYED)
+        # The first time compiles, so the least of what was seen counts.
+        rates.remember(key, {"above": min(above, before["above"]) if before else above})
+
+
+def portions(checkpoints: Sequence[int], looked: np.ndarray, workers: int) -> list[range]:
+    """Cut what is looked at for several processes, at aligned blocks just after stored states.
+
+    >>> portions([0, 100, 200, 300], np.arange(400), 2)
+    [range(0, 256), range(256, 400)]
+    """
+    if not len(looked):
+        return []
+    first, last = int(looked[0]), int(looked[-1]) + 1
+    edges = sorted(
+        {math.ceil(c / BLOCK_STEPS) * BLOCK_STEPS for c in checkpoints if first < c < last}
+    )
+    edges = [edge for edge in edges if first < edge < last]
+    if not edges:
+        return [range(first, last)]
+    chosen = {first, last}
+    for k in range(1, workers):
+        target = first + (last - first) * k / workers
+        chosen.add(min(edges, key=lambda edge: abs(edge - target)))
+    cuts = sorted(chosen)
+    return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def _all(node: Node) -> list[Node]:
+    return [node, *(x for child in node.children for x in _all(child))]
+
+
+def _looks_back(node: Node) -> bool:
+    return any(isinstance(x, Lag) for x in _all(node))
+
+
+def _keys(execution: Execution, node: Node) -> list[int]:
+    for this in _all(node):
+        if execution.keys(this) and set(this.dims) & {"epoch", "window"}:
+            return execution.keys(this)
+    return []
+
+
+def _catalogue(subject: Subject, way: str) -> planning.Catalogue:
+    log = subject.log
+    steps = log.durable.steps
+    seconds = log.column("microseconds", 0, steps).astype(np.float64) * 1e-6
+    each = statistics.median(seconds.tolist()) if len(seconds) else 0.0
+    entry = log.header.programs.get("factors")
+    names = [leaf.path for leaf in log.header.signature.grads]
+    ways = dict.fromkeys(names, "scan")
+    if entry is not None and way == "factored":
+        table = entry.get("table") or []
+        for name, row in zip(names, table, strict=False):
+            if isinstance(row, dict) and row.get("way") != "none":
+                ways[name] = "factored"
+    return planning.Catalogue(
+        subject.name,
+        steps,
+        log.header.signature.batch_size,
+        tuple(sorted(log.durable.checkpoints)),
+        float(each),
+        ways,
+    )
+
+
+def _column(subject: Subject, name: str) -> np.ndarray:
+    columns = subject.history()
+    if name not in columns:
+        raise QueryError(
+            f"there is no column {name!r}",
+            why="columns are what was logged",
+            fix=f"one of {', '.join(columns)}",
+        )
+    return columns[name][: subject.log.durable.steps]
+
+
+def _epochs(log: Log, steps: np.ndarray) -> np.ndarray:
+    if log.order is None:
+        raise QueryError(
+            f"{log.place} has no epochs",
+            why="its batches were fed, in no order that is known",
+            fix="choose steps",
+        )
+    return np.asarray(log.order.epoch(np.asarray(steps)))
+
+
+def _samples_at(log: Log, occurrences: np.ndarray) -> np.ndarray:
+    found = np.full(occurrences.shape, -1, np.int32)
+    known = occurrences >= 0
+    if known.any():
+        size = log.header.signature.batch_size
+        first, last = int(occurrences[known].min()) // size, int(occurrences.max()) // size
+        table = log.ids(first, last + 1).reshape(-1)
+        found[known] = table[occurrences[known] - first * size]
+    return found

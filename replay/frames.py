@@ -1,0 +1,392 @@
+"""The quantities of one replayed step, computed when they are asked for, each by its own program.
+
+Nothing here feeds the trajectory. What the run itself computed (weights, gradients, losses) is
+handed on as it is; everything else comes from the run's archived programs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from replay import artifact
+from replay.data import Data
+from replay.errors import QueryError
+from replay.grads.factors import Outer, Rows
+from replay.grads.gradients import Gradients, settle
+from replay.grads.sources import gradients_of
+from replay.log import Log
+from replay.query.nodes import Part, Scan
+from replay.replaying import Replayed
+from replay.sample_gradients import SampleGradients
+from replay.trajectory import Executed
+
+# A sample's share of an update counts in rankings only where samples do not cancel more than this.
+CONDITION_LIMIT = 1e3
+
+# So many chosen weights of one tensor are had as dot products with their directions, not by
+# multiplying out the gradients of the whole tensor.
+FEW_WEIGHTS = 8
+
+
+class Observers:
+    """The archived programs of a run that look at a state, compiled when first used.
+
+    Args:
+        log: the run.
+        gradients: its per-sample gradients.
+        others: data sources by name, for `run.on(source)`.
+        allow: custom calls that its programs may make besides the usual ones.
+        way: how per-sample gradients are had, `factored` where a tensor has factors, or `scan`.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        gradients: SampleGradients,
+        others: Mapping[str, Data],
+        *,
+        allow: Sequence[str],
+        way: str,
+    ):
+        self.log, self.gradients, self.others, self.way = log, gradients, others, way
+        self.signature, self._allow = log.header.signature, allow
+        self.key = jnp.asarray(np.asarray(log.header.key, np.uint32))
+        state = self.signature.state
+        self.number = {leaf.path: i for i, leaf in enumerate(state)}
+        self.weights = {state[i].path.partition("/")[2]: i for i in self.signature.weights}
+        self.tensor = {path: n for n, path in enumerate(self.weights)}
+
+    @functools.cache  # noqa: B019  # lives as long as the run
+    def program(self, name: str) -> Any:
+        """Return an archived program, jitted.
+
+        Raises:
+            QueryError: the run was recorded without it.
+        """
+        programs = self.log.header.programs
+        if name not in programs:
+            what = {"losses": "sample losses", "activations": "activations"}.get(name, name)
+            raise QueryError(
+                f"{self.log.place} holds no program for {what}",
+                why=f"it was recorded without {name!r}, which the loss did not have",
+                fix="record it with a program that has it",
+            )
+        results = None
+        if name == "activations":
+            results = [
+                jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]))
+                for leaf in programs[name]["table"]
+            ]
+        loaded = artifact.load(
+            name, self.log.program(name), self.signature, allow=self._allow, results=results
+        )
+        return jax.jit(loaded.call)
+
+    def activations(self) -> list[str]:
+        """Return the names of the intermediates that were tagged."""
+        entry = self.log.header.programs.get("activations")
+        return [leaf["name"] for leaf in entry["table"]] if entry else []
+
+
+class Frame:
+    """A step as observers see it, or, without inputs, only a state.
+
+    Args:
+        observers: of its run.
+        step: its number; that of the state where there is no step.
+        before: leaves of the state.
+        replayed: the step; None for a state alone.
+    """
+
+    def __init__(
+        self, observers: Observers, step: int, before: Sequence[Any], replayed: Replayed | None
+    ):
+        self.observers, self.step, self.before, self.replayed = observers, step, before, replayed
+        self._known: dict[Any, Any] = {}
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The samples, -1 for padding."""
+        assert self.replayed is not None
+        return self.replayed.ids
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Where in the batch there is a sample."""
+        return self.ids >= 0
+
+    def get(self, scan: Scan, part: Part | None, offset: int = 0) -> Any:
+        """Return a quantity: `[...]`, `[batch]`, `[n]` or `[batch, n]` with the weights flat."""
+        key = (scan.quantity, scan.name, scan.source, part, offset)
+        if key not in self._known:
+            if scan.source:
+                self._known[key] = self._elsewhere(scan, part)
+            else:
+                value = getattr(self, f"_{scan.quantity}")
+                self._known[key] = value(scan, part, offset)
+        return self._known[key]
+
+    # ---- of the run itself
+
+    def _leaves(self, offset: int) -> Sequence[Any]:
+        if not offset:
+            return self.before
+        assert self.replayed is not None
+        return self.replayed.executed.after
+
+    def _weights(self, scan, part, offset):
+        return _choose(self._leaves(offset)[self.observers.weights[part.path]], part.indices)
+
+    def _opt_state(self, scan, part, offset):
+        return _choose(
+            self._leaves(offset)[self.observers.number[f"opt_state/{part.path}"]], part.indices
+        )
+
+    def _grads(self, scan, part, offset):
+        assert self.replayed is not None
+        grads = self.replayed.executed.grads
+        return _choose(grads[self.observers.tensor[part.path]], part.indices)
+
+    def _updates(self, scan, part, offset):
+        before, after = (self._leaves(k)[self.observers.weights[part.path]] for k in (0, 1))
+        return _choose(_difference(after, before), part.indices)
+
+    def _samples(self, scan, part, offset):
+        return jnp.asarray(self.ids)
+
+    def _sample_losses(self, scan, part, offset):
+        assert self.replayed is not None
+        return jnp.asarray(self.replayed.executed.losses)
+
+    # ---- by other programs
+
+    def _inputs(self) -> tuple[Any, ...]:
+        assert self.replayed is not None
+        r, key = self.replayed, self.observers.key
+        return (*self.before, key, np.uint32(self.step), r.ids, r.weights, *r.batch)
+
+    def _activations(self, scan, part, offset):
+        if "activations" not in self._known:
+            self._known["activations"] = self.observers.program("activations")(*self._inputs())
+        value = self._known["activations"][self.observers.activations().index(scan.name)]
+        return value.reshape(len(value), -1)
+
+    def _deltas(self) -> tuple[list[Any], list[Any]]:
+        """Return what the optimizer does with the batch gradient, and with none, by tensor."""
+        if "deltas" not in self._known:
+            observers, signature = self.observers, self.observers.signature
+            assert self.replayed is not None
+            executed = self.replayed.executed
+            results = observers.program("gradient")(*self._inputs())
+            carry = results[len(results) - len(signature.carry) :]
+            update = observers.program("update")
+            grads = [jnp.asarray(x) for x in executed.grads]
+            blank = [jnp.zeros_like(x) for x in grads]
+            losses = jnp.asarray(executed.losses)
+            deltas = []
+            for given in (grads, blank):
+                after = update(*self.before, *carry, *given, losses)
+                deltas.append([_difference(after[i], self.before[i]) for i in signature.weights])
+            self._known["deltas"] = tuple(deltas)
+        return self._known["deltas"]
+
+    def _carried_updates(self, scan, part, offset):
+        return _choose(self._deltas()[1][self.observers.tensor[part.path]], part.indices)
+
+    def share(self, number: int) -> Any:
+        """Return (Δ(g) - Δ(0)) / g of a tensor, 0 where g is 0, in its shape."""
+        key = ("share", number)
+        if key not in self._known:
+            moved, carried = self._deltas()
+            assert self.replayed is not None
+            grad = jnp.asarray(self.replayed.executed.grads[number])
+            self._known[key] = _share(moved[number], carried[number], grad)
+        return self._known[key]
+
+    def _residual_updates(self, scan, part, offset):
+        number = self.observers.tensor[part.path]
+        assert self.replayed is not None
+        grad = jnp.asarray(self.replayed.executed.grads[number])
+        whole = Part(part.path, part.shape)
+        updates = self.get(dataclasses.replace(scan, quantity="updates"), whole)
+        carried = self._deltas()[1][number]
+        return _choose(_residual(updates, carried, self.share(number), grad), part.indices)
+
+    def _condition(self, scan, part, offset):
+        number = self.observers.tensor[part.path]
+        return _choose(self.condition(number), part.indices)
+
+    def condition(self, number: int) -> Any:
+        """Return the sum of the samples' |share| of an update over |Δ(g) - Δ(0)|, by weight."""
+        key = ("condition", number)
+        if key not in self._known:
+            assert self.replayed is not None
+            total = 0.0
+            for gradients, occurrences in self.parts(number):
+                rows = np.asarray(occurrences) % self.observers.signature.batch_size
+                weights = jnp.asarray(self.replayed.weights[rows])
+                total = total + _weighted_magnitudes(gradients.form, gradients.payload, weights)
+            grad = jnp.asarray(self.replayed.executed.grads[number])
+            size = self.observers.signature.batch_size
+            self._known[key] = _condition(total, grad, self.share(number), size)
+        return self._known[key]
+
+    # ---- per-sample gradients
+
+    def all_parts(self) -> list[tuple]:
+        """Return `(group, payloads, occurrences)` of all tensors."""
+        if "parts" not in self._known:
+            assert self.replayed is not None
+            gradients = self.observers.gradients
+            self._known["parts"] = list(gradients.parts(self.replayed, self.observers.way))
+        return self._known["parts"]
+
+    def parts(self, number: int) -> Iterator[tuple["_Carried", Any]]:
+        """Yield the per-sample gradients of one tensor, some samples after the others."""
+        for group, payloads, occurrences in self.all_parts():
+            if number in group.tensors:
+                place = list(group.tensors).index(number)
+                yield _Carried(group.tensors[number].form, payloads[place]), occurrences
+
+    def _sample_grads(self, scan, part, offset):
+        number, size = self.observers.tensor[part.path], self.observers.signature.batch_size
+        rows, found = [], []
+        for carried, occurrences in self.parts(number):
+            rows.append(np.asarray(occurrences) % size)
+            if part.indices is not None and len(part.indices) <= FEW_WEIGHTS:
+                found.append(_some(carried.form, carried.payload, part.shape, part.indices))
+            else:
+                found.append(
+                    _choose_rows(_materialised(carried.form, carried.payload), part.indices)
+                )
+        whole = found[0] if len(found) == 1 else jnp.concatenate(found)
+        rows = np.concatenate(rows)
+        if len(rows) == size:
+            return whole
+        return jnp.zeros((size, *whole.shape[1:]), whole.dtype).at[rows].set(whole)
+
+    def _sample_updates(self, scan, part, offset):
+        number, size = self.observers.tensor[part.path], self.observers.signature.batch_size
+        grads = self.get(dataclasses.replace(scan, quantity="sample_grads"), part)
+        assert self.replayed is not None
+        share = _choose(self.share(number), part.indices)
+        return _attributed(grads, share, jnp.asarray(self.replayed.weights), size)
+
+    # ---- of other samples
+
+    def _elsewhere(self, scan, part):
+        observers, size = self.observers, self.observers.signature.batch_size
+        data = observers.others[scan.source]
+        found = []
+        for first in range(0, len(data), size):
+            ids = np.arange(first, min(first + size, len(data)), dtype=np.int32)
+            key = ("frame", scan.source, first)
+            if key not in self._known:
+                self._known[key] = self._of(data, ids, size)
+            frame = self._known[key]
+            if scan.quantity == "sample_losses":
+                losses = observers.program("losses")(*frame._inputs())
+                found.append(losses[0][: len(ids)])
+            else:
+                value = frame.get(dataclasses.replace(scan, source=""), part)
+                found.append(value[: len(ids)])
+        return jnp.concatenate(found)
+
+    def _of(self, data: Data, ids: np.ndarray, size: int) -> "Frame":
+        padded = np.full(size, -1, np.int32)
+        padded[: len(ids)] = ids
+        batch = data.leaves(np.maximum(padded, 0))
+        executed = Executed(self.step, 1, None, (), None, list(self.before), None)
+        weights = (padded >= 0).astype(np.float32)
+        replayed = Replayed(executed, padded, weights, batch, 0.0, -1)
+        return Frame(self.observers, self.step, self.before, replayed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Carried:
+    """The per-sample gradients of a tensor in whatever form they came."""
+
+    form: Any
+    payload: Any
+
+    @property
+    def gradients(self) -> Gradients:
+        return gradients_of(self.form, self.payload)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _choose(value, indices):
+    flat = jnp.asarray(value).reshape(-1)
+    return flat if indices is None else flat[np.asarray(indices, np.int32)]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _choose_rows(value, indices):
+    flat = value.reshape(len(value), -1)
+    return flat if indices is None else flat[:, np.asarray(indices, np.int32)]
+
+
+@jax.jit
+def _difference(after, before):
+    return after - before
+
+
+@jax.jit
+def _share(moved, carried, grad):
+    blank = grad == 0
+    return jnp.where(blank, 0, (moved - carried) / jnp.where(blank, 1, grad))
+
+
+@jax.jit
+def _residual(updates, carried, share, grad):
+    flat = (x.reshape(-1) for x in (carried, share, grad))
+    carried, share, grad = flat
+    return updates - carried - share * grad
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _condition(total, grad, share, size):
+    used = jnp.abs(grad)
+    ratio = total / size / jnp.where(used == 0, 1, used)
+    return jnp.where((used == 0) | (share == 0), 0, ratio)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weighted_magnitudes(form, payload, weights):
+    def scaled(x):
+        return x * weights.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+    if isinstance(payload, Outer | Rows):
+        payload = payload._replace(right=scaled(payload.right))
+    elif form.way != "zero":
+        payload = scaled(payload)
+    gradients = gradients_of(form, payload)
+    return settle(form, gradients.layout, gradients.total("magnitude"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _materialised(form, payload):
+    return gradients_of(form, payload).materialised()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _some(form, payload, shape, indices):
+    """Return the gradients of a few weights, `[samples, weights]`."""
+    gradients = gradients_of(form, payload)
+    blank = jnp.zeros(int(np.prod(shape)), form.wide)
+
+    def one(index):
+        return gradients.dots(blank.at[index].set(1).reshape(shape))
+
+    return lax.map(one, jnp.asarray(indices, jnp.int32)).T
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _attributed(grads, share, weights, size):
+    return share * (weights / size)[:, None] * grads

@@ -1,0 +1,324 @@
+"""Which steps a question replays, from which stored states: pure, and told before anything runs."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from replay.query.nodes import (
+    At,
+    Lag,
+    Map,
+    Node,
+    Part,
+    Reduce,
+    Rename,
+    Scan,
+    Take,
+)
+
+# What the log itself answers.
+LOGGED = ("samples", "column")
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalogue:
+    """What a planner knows of a run.
+
+    Attributes:
+        name: of the run.
+        steps: how many there are.
+        batch: the batch size.
+        checkpoints: the stored states, ascending.
+        seconds: of a step when it was trained.
+        ways: tensor -> how its per-sample gradients are had.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    checkpoints: tuple[int, ...]
+    seconds: float
+    ways: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A replay: from a stored state, of steps up to `stop`.
+
+    Attributes:
+        start: the stored state.
+        stop: the last state that is reached.
+    """
+
+    start: int
+    stop: int
+
+    @property
+    def steps(self) -> int:
+        """How many are replayed."""
+        return self.stop - self.start
+
+
+def push_at(node: Node, offset: int) -> Node:
+    """Look at states from a step, as far down as possible."""
+    if isinstance(node, Scan):
+        return At(node, offset) if "state" in node.dims else node
+    return node.rebuilt(lambda child: push_at(child, offset))
+
+
+def canonical(node: Node) -> Node:
+    """Return the form of a plan that is executed, the same for equal questions."""
+    if isinstance(node, At):
+        pushed = push_at(node.child, node.offset)
+        return pushed if isinstance(pushed, At) else canonical(pushed)
+    node = node.rebuilt(canonical)
+    if isinstance(node, Take) and isinstance(node.anchor, Node):
+        node = dataclasses.replace(node, anchor=canonical(node.anchor))
+    if isinstance(node, Reduce):
+        return _split(node)
+    return node
+
+
+def _split(node: Reduce) -> Node:
+    """Reduce attributed updates within a step first: their factors add up there."""
+    found = of_samples(node.child)
+    if (
+        found is not None
+        and found[1].quantity == "sample_updates"
+        and not found[1].source
+        and node.how == "sum"
+        and found[0] in ("value", "magnitude")
+        and "position" in node.over
+        and len(node.over) > 1
+        and (node.by is None or node.by.kind == "labels")
+    ):
+        inner = dataclasses.replace(node, over=("position",))
+        rest = tuple(dim for dim in node.over if dim != "position")
+        return Reduce(inner, "sum", rest)
+    return node
+
+
+def of_samples(node: Node) -> tuple[str, Scan] | None:
+    """Return what of which per-sample quantity a node is: itself, its magnitude or its square."""
+    if isinstance(node, Scan):
+        known = node.quantity in ("sample_grads", "sample_updates")
+        return ("value", node) if known else None
+    if not isinstance(node, Map) or len(node.children) not in (1, 2):
+        return None
+    first = node.children[0]
+    if not isinstance(first, Scan) or of_samples(first) is None:
+        return None
+    if node.function in ("abs", "absolute"):
+        return "magnitude", first
+    squared = (
+        node.function == "square"
+        or (node.function == "power" and node.arguments == (first, 2))
+        or (node.function == "multiply" and node.arguments == (first, first))
+    )
+    return ("square", first) if squared else None
+
+
+def replayed(node: Node) -> bool:
+    """Whether a node needs more than what the log holds."""
+    return any(scan.quantity not in LOGGED for scan in node.scans())
+
+
+def earlier(node: Node) -> np.ndarray:
+    """Return all steps at which something below a node is looked at, those of lags included."""
+    found = [node.steps]
+    stack: list[Node] = [node]
+    while stack:
+        this = stack.pop()
+        if isinstance(this, Lag):
+            found.append(this.child.steps)
+        stack += [child for child in this.children if child.walked == node.walked]
+    return np.unique(np.concatenate(found)).astype(np.int64)
+
+
+def spans(checkpoints: Sequence[int], steps: np.ndarray, states: np.ndarray) -> list[Span]:
+    """Return the replays that pass all the steps and reach all the states.
+
+    A stretch between stored states that holds none of them is skipped.
+
+    >>> spans([0, 10, 20, 30], np.array([12, 13]), np.array([30]))
+    [Span(start=10, stop=14), Span(start=30, stop=30)]
+    >>> spans([0, 10, 20], np.array([5, 9, 15]), np.array([], int))
+    [Span(start=0, stop=16)]
+    """
+    stored = np.asarray(checkpoints)
+    ends: dict[int, int] = {}
+    for reached, inclusive in ((steps, 1), (states, 0)):
+        if not len(reached):
+            continue
+        starts = stored[np.searchsorted(stored, reached, side="right") - 1]
+        for start in np.unique(starts):
+            stop = int(reached[starts == start].max()) + inclusive
+            ends[int(start)] = max(ends.get(int(start), 0), stop)
+    found: list[Span] = []
+    for start in sorted(ends):
+        if found and found[-1].stop >= start:
+            found[-1] = Span(found[-1].start, max(ends[start], found[-1].stop))
+        else:
+            found.append(Span(start, ends[start]))
+    return found
+
+
+def roots(node: Node) -> list[Node]:
+    """Return what is computed along a replay, from which the rest follows afterwards."""
+    if isinstance(node, Take):
+        anchor = roots(node.anchor) if isinstance(node.anchor, Node) else []
+        return [*anchor, *([node.child] if replayed(node.child) else [])]
+    if is_root(node):
+        inner = [root for constant in constants(node) for root in roots(constant)]
+        return [*inner, node] if replayed(node) else inner
+    return [root for child in node.children for root in roots(child)]
+
+
+def is_root(node: Node) -> bool:
+    """Whether a node takes in, or gives, a value for each step."""
+    if isinstance(node, Take | Rename):
+        return False
+    if isinstance(node, Reduce) and node.child.walked:
+        return not _afterwards(node)
+    return bool(node.walked) and not _afterwards(node)
+
+
+def _afterwards(node: Node) -> bool:
+    """Whether a node looks at all steps of something that has to be collected first."""
+    return any(
+        isinstance(child, Rename | Take) or (child.walked and _afterwards(child))
+        for child in node.children
+    )
+
+
+def constants(node: Node) -> list[Node]:
+    """Return what stands below a root and is the same at every step: folds of their own."""
+    found: list[Node] = []
+    for child in node.children:
+        if not child.walked:
+            found.append(child)
+        else:
+            found += constants(child)
+    return found
+
+
+def runs_of(node: Node) -> tuple[str, ...]:
+    """Return the runs that a node looks at."""
+    return tuple(sorted({scan.run for scan in node.scans()}))
+
+
+def tensors_of(node: Node) -> tuple[Part, ...]:
+    """Return the tensors that a node looks at."""
+    found: dict[str, Part] = {}
+    for scan in node.scans():
+        found |= {part.path: part for part in scan.tensors}
+    return tuple(found.values())
+
+
+def stops_early(node: Node) -> bool:
+    """Whether the answer may be known before the last step."""
+    return isinstance(node, Reduce) and node.how in ("first", "any")
+
+
+def visits(node: Node) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps that a root passes, and the states it reaches."""
+    child, none = below(node), np.zeros(0, np.int64)
+    found = earlier(child)
+    return (found, none) if child.walked == "step" else (none, found)
+
+
+def below(root: Node) -> Node:
+    """Return what a root looks at, at every step."""
+    return root.child if isinstance(root, Reduce) and not root.walked else root
+
+
+def explain(
+    questions: Sequence[Node],
+    catalogues: dict[str, Catalogue],
+    rate: Any,
+    *,
+    memory: int,
+) -> str:
+    """Tell what an answer takes.
+
+    Args:
+        questions: canonical plans.
+        catalogues: of the runs.
+        rate: `rate(roots, run) -> (trainings of a step that a replayed step takes, measured)`.
+        memory: bytes that an answer may take.
+    """
+    lines = []
+    for number, question in enumerate(questions):
+        lines.append(f"question {number + 1}" if len(questions) > 1 else "question")
+        lines += question.lines("  ")
+    wanted = [root for question in questions for root in roots(question)]
+    if not wanted:
+        return "\n".join([*lines, "answered from the log: nothing is replayed"])
+    total = 0.0
+    for name in sorted({run for root in wanted for run in runs_of(root)}):
+        catalogue = catalogues[name]
+        mine = [root for root in wanted if name in runs_of(root)]
+        staged = stages(mine)
+        for stage in staged:
+            passed, reached = union(stage)
+            walk = spans(catalogue.checkpoints, passed, reached)
+            steps = sum(span.steps for span in walk)
+            bound = "up to " if all(map(stops_early, stage)) else ""
+            segments = max(len(catalogue.checkpoints) - 1, 1)
+            used = sum(
+                1
+                for a, b in zip(
+                    catalogue.checkpoints,
+                    [*catalogue.checkpoints[1:], catalogue.steps],
+                    strict=True,
+                )
+                if any(span.start < b and span.stop > a for span in walk)
+            )
+            ratio, known = rate(stage, name)
+            seconds = steps * catalogue.seconds * ratio
+            total += seconds
+            where = ", ".join(f"{span.start} to {span.stop}" for span in walk[:4])
+            more = f", and {len(walk) - 4} more" if len(walk) > 4 else ""
+            lines.append(
+                f"replay {bound}{steps:,} steps of {name} (states {where}{more}): "
+                f"{used} of {segments} segments"
+            )
+            how = "measured" if known else "estimated"
+            lines.append(f"  about {seconds:.2g} s: {ratio:.2g} times their training ({how})")
+            scans = {scan.quantity for root in stage for scan in root.scans()}
+            if scans & {"sample_grads", "sample_updates", "condition"}:
+                paths = [part.path for root in stage for part in tensors_of(root)]
+                for path in dict.fromkeys(paths):
+                    lines.append(f"  {path:<40} {catalogue.ways.get(path, 'scan')}")
+    lines.append(f"memory limit {memory / 2**20:,.0f} MiB; about {total:.2g} s in all")
+    return "\n".join(lines)
+
+
+def union(stage: Sequence[Node]) -> tuple[np.ndarray, np.ndarray]:
+    """Return all steps that the roots of a stage pass, and all states they reach."""
+    both = [visits(root) for root in stage]
+    return tuple(  # type: ignore[return-value]
+        np.unique(np.concatenate([pair[i] for pair in both])) for i in range(2)
+    )
+
+
+def stages(wanted: Sequence[Node]) -> list[list[Node]]:
+    """Part roots into replays: those that wait for constants come after them."""
+    found: list[list[Node]] = []
+    depth: dict[Node, int] = {}
+
+    def level(root: Node) -> int:
+        if root not in depth:
+            inner = [x for constant in constants(root) for x in roots(constant)]
+            depth[root] = 1 + max(map(level, inner), default=-1)
+        return depth[root]
+
+    for root in dict.fromkeys(wanted):
+        if not replayed(root):
+            continue
+        while len(found) <= level(root):
+            found.append([])
+        found[level(root)].append(root)
+    return [stage for stage in found if stage]

@@ -1,0 +1,381 @@
+"""Reductions as mergeable states: init, step, merge, final.
+
+A state takes the values of one step after the other, `x[*kept, n]` with what is reduced on the last
+axis, and joins with the state of later steps. Sums of floating-point numbers depend on their order,
+so that order is fixed elsewhere (`Blocks`). Counts are pairs of `uint32`, low and high, so that
+they neither round nor overflow.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# Buckets of the quantile sketch: the bfloat16 numbers in their order.
+BUCKETS = 2**16
+
+
+class Values(NamedTuple):
+    """What a step gives to a reduction.
+
+    Attributes:
+        x: `[*kept, n]`.
+        valid: `bool[n]`: whether there is a value, padding left out.
+        numbers: `int32[n]`: where each stands within the step.
+        step: `int32`.
+    """
+
+    x: Any
+    valid: Any
+    numbers: Any
+    step: Any
+
+
+class State(NamedTuple):
+    """A reduction: how its running state is made, grows, joins and is read.
+
+    Attributes:
+        init: `init(kept, dtype) -> state`.
+        step: `step(state, values) -> state`.
+        merge: `merge(state of earlier steps, state of later ones) -> state`.
+        final: `final(state, numpy or jax.numpy) -> dict of fields`, `value` among them.
+        exact: whether the order of folds and merges has no say.
+    """
+
+    init: Callable[[tuple[int, ...], Any], Any]
+    step: Callable[[Any, Values], Any]
+    merge: Callable[[Any, Any], Any]
+    final: Callable[[Any, Any], dict[str, Any]]
+    exact: bool = False
+
+
+def wide(dtype: Any) -> Any:
+    """Return the dtype of sums: at least float32 for numbers that are not whole."""
+    if is_count(dtype) or jnp.issubdtype(dtype, jnp.integer):
+        return jnp.dtype(dtype)
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def is_count(dtype: Any) -> bool:
+    """Whether a sum counts how often something holds."""
+    return jnp.dtype(dtype).kind == "b"
+
+
+def reduction(how: str, settings: dict[str, Any], dtype: Any) -> State:
+    """Return a reduction of values of a dtype by its name."""
+    if how == "sum" and is_count(dtype):
+        return _counting(lambda x: x)
+    if how == "count":
+        return _counting(lambda x: ~jnp.isnan(x.astype(jnp.float32)))
+    return {
+        "sum": lambda: _SUM,
+        "norm": lambda: _NORM,
+        "mean": lambda: _MEAN,
+        "var": lambda: _var(settings["ddof"]),
+        "min": lambda: _extreme(-1),
+        "max": lambda: _extreme(1),
+        "any": lambda: _ANY,
+        "all": lambda: _ALL,
+        "first": lambda: _FIRST,
+        "last": lambda: _LAST,
+        "top_k": lambda: _top_k(settings["k"], settings["smallest"]),
+        "hist": lambda: _hist(settings["edges"]),
+        "quantile": lambda: _sketch(settings["q"]),
+    }[how]()
+
+
+# -------------------------------------------------------------------------------------- counting
+
+
+def _blank_count(*shape: int) -> Any:
+    return jnp.zeros((*shape, 2), jnp.uint32)
+
+
+def _more(count: Any, extra: Any) -> Any:
+    """Add `uint32` numbers to counts."""
+    low = count[..., 0] + extra
+    return jnp.stack([low, count[..., 1] + (low < extra).astype(jnp.uint32)], axis=-1)
+
+
+def _join_counts(first: Any, second: Any) -> Any:
+    low = first[..., 0] + second[..., 0]
+    carry = (low < second[..., 0]).astype(jnp.uint32)
+    return jnp.stack([low, first[..., 1] + second[..., 1] + carry], axis=-1)
+
+
+def _read_count(count: Any, xp: Any) -> Any:
+    """Return counts as `int64`; on the device, where a step has fewer than 2**31, as `int32`."""
+    if xp is np:
+        count = np.asarray(count).astype(np.int64)
+        return count[..., 0] + (count[..., 1] << 32)
+    return count[..., 0].astype(jnp.int32)
+
+
+def _total(values: Values) -> Any:
+    return values.valid.sum(dtype=jnp.uint32)
+
+
+def _number(count: Any, xp: Any, like: Any) -> Any:
+    return _read_count(count, xp).astype(like.dtype)
+
+
+def _counting(holds: Callable[[Any], Any]) -> State:
+    def step(state, values):
+        return _more(state, (holds(values.x) & values.valid).sum(-1, dtype=jnp.uint32))
+
+    return State(
+        lambda kept, dtype: _blank_count(*kept),
+        step,
+        _join_counts,
+        lambda state, xp: {"value": _read_count(state, xp)},
+        exact=True,
+    )
+
+
+# ------------------------------------------------------------------------------------------ sums
+
+
+def _kept(values: Values, blank: Any) -> Any:
+    return jnp.where(values.valid, values.x, jnp.asarray(blank, values.x.dtype))
+
+
+def _zeros(kept: tuple[int, ...], dtype: Any) -> Any:
+    return jnp.zeros(kept, wide(dtype))
+
+
+def _add(state: Any, values: Values) -> Any:
+    return state + _kept(values, 0).astype(state.dtype).sum(-1)
+
+
+_SUM = State(_zeros, _add, jnp.add, lambda state, xp: {"value": xp.asarray(state)})
+
+_NORM = State(
+    lambda kept, dtype: jnp.zeros(kept, jnp.promote_types(dtype, jnp.float32)),
+    lambda state, values: state + jnp.square(_kept(values, 0).astype(state.dtype)).sum(-1),
+    jnp.add,
+    lambda state, xp: {"value": xp.sqrt(xp.asarray(state))},
+)
+
+
+def _real(kept: tuple[int, ...], dtype: Any) -> Any:
+    return jnp.zeros(kept, jnp.promote_types(dtype, jnp.float32))
+
+
+def _final_mean(state: Any, xp: Any) -> dict[str, Any]:
+    total, count = state
+    total = xp.asarray(total)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {"value": total / _number(count, xp, total)}
+
+
+_MEAN = State(
+    lambda kept, dtype: (_real(kept, dtype), _blank_count()),
+    lambda state, values: (_add(state[0], values), _more(state[1], _total(values))),
+    lambda first, second: (first[0] + second[0], _join_counts(first[1], second[1])),
+    _final_mean,
+)
+
+
+def _var(ddof: int) -> State:
+    """Chan, Golub and LeVeque (1979): counts, means and sums of squared deviations."""
+
+    def join(first, second):
+        (n, mean, m2), (more, other, other_m2) = first, second
+        a, b = (_number(x, jnp, mean) for x in (n, more))
+        share = jnp.where(a + b > 0, b / jnp.maximum(a + b, 1), 0)
+        gap = other - mean
+        return (
+            _join_counts(n, more),
+            jnp.where(a > 0, mean + gap * share, other),
+            m2 + other_m2 + jnp.where((a > 0) & (b > 0), jnp.square(gap) * a * share, 0),
+        )
+
+    def step(state, values):
+        count = values.valid.sum(dtype=jnp.uint32)
+        x = _kept(values, 0).astype(state[1].dtype)
+        mean = x.sum(-1) / jnp.maximum(count, 1).astype(x.dtype)
+        m2 = jnp.where(values.valid, jnp.square(x - mean[..., None]), 0).sum(-1)
+        return join(state, (_more(_blank_count(), count), mean, m2))
+
+    def final(state, xp):
+        count, _, m2 = state
+        m2 = xp.asarray(m2)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return {"value": m2 / (_number(count, xp, m2) - ddof)}
+
+    def init(kept, dtype):
+        return _blank_count(), _real(kept, dtype), _real(kept, dtype)
+
+    return State(init, step, join, final)
+
+
+# -------------------------------------------------------------------------------------- extremes
+
+
+def _lowest(dtype: Any, sign: int) -> Any:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return -sign * math.inf
+    if is_count(dtype):
+        return sign < 0
+    return jnp.iinfo(dtype).min if sign > 0 else jnp.iinfo(dtype).max
+
+
+def _extreme(sign: int) -> State:
+    choose = jnp.maximum if sign > 0 else jnp.minimum
+
+    def step(state, values):
+        x = _kept(values, _lowest(state.dtype, sign))
+        return choose(state, x.max(-1) if sign > 0 else x.min(-1))
+
+    return State(
+        lambda kept, dtype: jnp.full(kept, _lowest(dtype, sign), dtype),
+        step,
+        choose,
+        lambda state, xp: {"value": xp.asarray(state)},
+        exact=True,
+    )
+
+
+_ANY = State(
+    lambda kept, dtype: jnp.zeros(kept, bool),
+    lambda state, values: state | (values.x.astype(bool) & values.valid).any(-1),
+    jnp.logical_or,
+    lambda state, xp: {"value": xp.asarray(state)},
+    exact=True,
+)
+
+_ALL = State(
+    lambda kept, dtype: jnp.ones(kept, bool),
+    lambda state, values: state & (values.x.astype(bool) | ~values.valid).all(-1),
+    jnp.logical_and,
+    lambda state, xp: {"value": xp.asarray(state)},
+    exact=True,
+)
+
+
+def _holds(values: Values) -> Any:
+    return (values.x.astype(bool) & values.valid).any(-1)
+
+
+_FIRST = State(
+    lambda kept, dtype: jnp.full(kept, -1, jnp.int32),
+    lambda state, values: jnp.where((state < 0) & _holds(values), values.step, state),
+    lambda first, second: jnp.where(first < 0, second, first),
+    lambda state, xp: {"value": xp.asarray(state)},
+    exact=True,
+)
+
+_LAST = State(
+    lambda kept, dtype: jnp.full(kept, -1, jnp.int32),
+    lambda state, values: jnp.where(_holds(values), values.step, state),
+    lambda first, second: jnp.where(second < 0, first, second),
+    lambda state, xp: {"value": xp.asarray(state)},
+    exact=True,
+)
+
+
+# -------------------------------------------------------------------------------------- rankings
+
+
+def _top_k(k: int, smallest: bool) -> State:
+    def ranked(dtype):
+        dtype = jnp.dtype(dtype)
+        return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(jnp.float32)
+
+    def init(kept, dtype):
+        shape = (*kept, k)
+        whose = jnp.full(shape, -1, jnp.int32)
+        return jnp.full(shape, -jnp.inf, ranked(dtype)), whose, whose
+
+    def best(parts):
+        values, steps, numbers = (
+            jnp.concatenate([part[i] for part in parts], axis=-1) for i in range(3)
+        )
+        keys = (numbers, steps, steps < 0, -values, ~jnp.isnan(values))
+        order = jnp.lexsort(keys, axis=-1)[..., :k]
+        return tuple(jnp.take_along_axis(x, order, -1) for x in (values, steps, numbers))
+
+    def step(state, values):
+        x = values.x.astype(state[0].dtype)
+        x = jnp.where(values.valid, -x if smallest else x, -jnp.inf)
+        steps = jnp.where(values.valid, values.step, -1)
+        numbers = jnp.where(values.valid, values.numbers, -1)
+        return best([state, (x, *(jnp.broadcast_to(y, x.shape) for y in (steps, numbers)))])
+
+    def final(state, xp):
+        values, steps, numbers = map(xp.asarray, state)
+        values = -values if smallest else values
+        return {"value": values, "step": steps, "number": numbers}
+
+    return State(init, step, lambda first, second: best([first, second]), final, exact=True)
+
+
+def _into(buckets: int, place: Callable[[Any], Any]) -> tuple[Callable, Callable]:
+    def init(kept, dtype):
+        return _blank_count(*kept, buckets)
+
+    def step(state, values):
+        places = place(values.x)
+        flat = places.reshape(-1, places.shape[-1])
+        extra = jax.vmap(
+            lambda row: jnp.zeros(buckets, jnp.uint32).at[row].add(values.valid.astype(jnp.uint32))
+        )(flat)
+        return _more(state, extra.reshape(state.shape[:-1]))
+
+    return init, step
+
+
+def _hist(edges: Sequence[float]) -> State:
+    def place(x):
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return jnp.searchsorted(jnp.asarray(edges, x.dtype), x, side="right")
+
+    init, step = _into(len(edges) + 1, place)
+    final = lambda state, xp: {"value": _read_count(state, xp)}  # noqa: E731
+    return State(init, step, _join_counts, final, exact=True)
+
+
+def _sketch(q: Sequence[float]) -> State:
+    """Count bfloat16 neighbours, and read quantiles off the counts."""
+
+    def place(x):
+        bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+        bits = jnp.where(jnp.isnan(x), jnp.uint32(0x7FFFFFFF), bits)
+        ordered = jnp.where(bits >> 31, ~bits, bits | jnp.uint32(0x80000000))
+        return (ordered >> 16).astype(jnp.int32)
+
+    def final(state, xp):
+        counts = _read_count(np.asarray(state), np)
+        sums = counts.cumsum(-1)
+        total = sums[..., -1:]
+        found = []
+        for share in q:
+            rank = np.floor(share * np.maximum(total - 1, 0)).astype(np.int64)
+            found.append((sums > rank).argmax(-1))
+        places = np.stack(found, -1).astype(np.uint32)
+        high = (places << 16) | 0x8000  # the middle of the bucket
+        bits = np.where(high >> 31, high & 0x7FFFFFFF, ~high)
+        values = bits.astype(np.uint32).view(np.float32)
+        return {"value": np.where(total > 0, values, np.nan).astype(np.float32)}
+
+    init, step = _into(BUCKETS, place)
+    return State(init, step, _join_counts, final, exact=True)
+
+
+def quantiles(x: Any, valid: Any, q: Sequence[float]) -> Any:
+    """Return exact quantiles of the last axis, `[*kept, quantiles]`, of the valid ones."""
+    x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+    ordered = jnp.sort(jnp.where(valid, x, jnp.inf), axis=-1)
+    n = valid.sum()
+    at = jnp.asarray(q, x.dtype) * jnp.maximum(n - 1, 0)
+    low = jnp.floor(at).astype(jnp.int32)
+    high = jnp.minimum(low + 1, jnp.maximum(n - 1, 0))
+    share = at - low
+    first, second = (jnp.take(ordered, places, axis=-1) for places in (low, high))
+    value = jnp.where(share > 0, first + (second - first) * share, first)
+    spoiled = (jnp.isnan(x) & valid).any(-1, keepdims=True) | (n == 0)
+    return jnp.where(spoiled, jnp.nan, value)

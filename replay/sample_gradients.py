@@ -1,0 +1,298 @@
+"""Questions about the per-sample gradients of recorded steps, answered while they are replayed.
+
+What observes a step is made of the run's archived programs, never of the user's code: `factors`
+for the tensors that have them, `sample_gradient` for the others.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from replay import artifact
+from replay.errors import Grade, LogError, ProgramError
+from replay.grads import archive
+from replay.grads.factors import Outer, Rows
+from replay.grads.gradients import Form, Tensor, settle
+from replay.grads.reductions import BLOCK_STEPS, Reduction
+from replay.grads.sources import Group, chunks, gradients_of
+from replay.grads.strategy import identity, measure, recall, remember
+from replay.grads.stream import Stream, check
+from replay.log import Log
+from replay.replaying import Replayed, Replayer
+
+
+class Reduced(NamedTuple):
+    """What was found about the per-sample gradients of a range of steps.
+
+    Attributes:
+        answers: one for each reduction, in their order: a pytree like params (for `TopK` a pair of
+            them, values and occurrences), or a column with one number for each occurrence.
+        steps: the steps that were replayed.
+        occurrences: `int64[samples]`, step · batch size + position, of the entries of columns.
+        grade: `BITWISE` if the trajectory was compared up to a digest at its end, `UNAUDITED` if
+            only its losses were, `NUMERIC` if it deviates.
+        strategies: path of each tensor -> how its gradients were had.
+        gap: the weighted mean of the per-sample gradients against the batch gradient that the run
+            used: the largest difference over the largest element of the whole network (that of a
+            single tensor may vanish but for rounding), at the first step and one of every 64.
+        deviation: of the trajectory from the log; 0 where every bit agrees.
+    """
+
+    answers: tuple[Any, ...]
+    steps: range
+    occurrences: np.ndarray
+    grade: Grade
+    strategies: dict[str, str]
+    gap: float
+    deviation: float
+
+
+class SampleGradients:
+    """The per-sample gradients of a run's steps, by its archived programs.
+
+    Args:
+        log: the run.
+        allow: custom calls that its programs may make besides the usual ones.
+        memory: bytes that gradients may take before they are reduced.
+    """
+
+    def __init__(self, log: Log, *, allow: Sequence[str], memory: int):
+        if "sample_gradient" not in log.header.programs:
+            raise ProgramError(
+                f"{log.place} holds no program for the gradient of one sample",
+                why="from_functions was not told how a sample's gradient is computed",
+                fix="record with Program.from_functions(..., sample_gradient=...)",
+            )
+        self._log, self._allow = log, allow
+        self._signature = log.header.signature
+        self._key = jnp.asarray(np.asarray(log.header.key, np.uint32))
+        self._memory = memory
+        self._ways: dict[str, list[tuple[Group, Callable[..., list[Any]]]]] = {}
+        self.names = [
+            self._signature.state[i].path.partition("/")[2] for i in self._signature.weights
+        ]
+
+    def leaves(self, replayed: Replayed) -> list[Any]:
+        """Return the weights before a step."""
+        return [replayed.executed.before[i] for i in self._signature.weights]
+
+    def strategies(self, way: str) -> dict[str, str]:
+        """Return how the gradients of each tensor are had."""
+        where = {number: group.strategy for group, _ in self._way(way) for number in group.tensors}
+        return {name: where[number] for number, name in enumerate(self.names)}
+
+    def parts(self, replayed: Replayed, way: str) -> Iterator[tuple]:
+        """Yield `(group, payloads, occurrences)` of a step, padding left out.
+
+        Args:
+            replayed: the step.
+            way: `factored`, where a tensor has factors, or `scan`.
+        """
+        executed = replayed.executed
+        valid = np.flatnonzero(replayed.ids >= 0).astype(np.int32)
+        size = self._signature.batch_size
+        inputs = (
+            *executed.before,
+            self._key,
+            np.uint32(executed.start),
+            replayed.ids,
+            replayed.weights,
+            *replayed.batch,
+        )
+        first = executed.start * size
+        if first + size >= 2**31:
+            raise LogError(
+                f"step {executed.start} is beyond {2**31 - 1:,} occurrences",
+                why="occurrences are counted in 32 bits",
+                fix="ask about earlier steps",
+            )
+        for group, produce in self._way(way):
+            if group.strategy == "factored":
+                payloads = produce(*inputs)
+                if len(valid) < size:
+                    payloads = _take(payloads, valid)
+                yield group, payloads, jnp.asarray(first + valid)
+                continue
+            for a, b in chunks(len(valid), group.at_once):
+                yield group, produce(valid[a:b], *inputs), jnp.asarray(first + valid[a:b])
+
+    def choose(self, asked: str, replayed: Replayed, reductions: Sequence[Reduction]) -> str:
+        """Return a way: for `auto` by timing both on one step, or by what was measured before."""
+        if asked != "auto":
+            return asked
+        if not self._table().tensors:
+            return "scan"
+        programs = self._log.header.programs
+        texts = [programs[name].get("text") for name in ("factors", "sample_gradient")]
+        key = identity("run", repr(reductions), texts, self._memory)
+        seconds = recall(key)
+        if not seconds:
+
+            def ask(way):
+                def once():
+                    stream = Stream(reductions, len(self.names))
+                    stream.update(0, self.parts(replayed, way), self.leaves(replayed))
+                    return stream.results()
+
+                jax.block_until_ready(once())
+                return once
+
+            seconds = measure({way: ask(way) for way in ("factored", "scan")})
+            remember(key, seconds)
+        return min(seconds, key=seconds.__getitem__)
+
+    def gap(self, replayed: Replayed, way: str) -> float:
+        """Compare the weighted mean of the samples' gradients with the gradient of the run."""
+        totals: dict[int, Any] = {}
+        for group, payloads, occurrences in self.parts(replayed, way):
+            weights = replayed.weights[np.asarray(occurrences) % self._signature.batch_size]
+            for number, payload in zip(group.tensors, payloads, strict=True):
+                part = _weighted(group.tensors[number].form, payload, weights)
+                totals[number] = totals[number] + part if number in totals else part
+        largest = scale = 0.0
+        for number, used in enumerate(replayed.executed.grads):
+            used = np.asarray(used, np.float64)
+            mean = np.asarray(totals[number], np.float64) / self._signature.batch_size
+            largest = max(largest, float(np.abs(mean - used).max(initial=0.0)))
+            scale = max(scale, float(np.abs(used).max(initial=0.0)))
+        return largest / scale if scale else largest
+
+    def _table(self) -> archive.Table:
+        entry = self._log.header.programs.get("factors")
+        if entry is None:
+            reason = "the run was recorded without factors"
+            return archive.Table({}, [], dict.fromkeys(range(len(self.names)), reason))
+        return archive.read(entry.get("table"), self._signature)
+
+    def _way(self, way: str) -> list[tuple[Group, Callable[..., list[Any]]]]:
+        if way not in self._ways:
+            self._ways[way] = self._groups(way)
+        return self._ways[way]
+
+    def _groups(self, way: str) -> list[tuple[Group, Callable[..., list[Any]]]]:
+        table, groups = self._table(), []
+        rest = list(range(len(self.names)))
+        if way == "factored" and table.tensors:
+            exported = self._load("factors", table.results)
+            run = jax.jit(exported.call)
+
+            def factors(*inputs):
+                return table.payloads(run(*inputs))
+
+            size = self._signature.batch_size
+            groups.append((Group("factored", table.tensors, 0, size, factors), factors))
+            rest = list(table.missing)
+        if rest:
+            groups.append(self._scan(rest))
+        return groups
+
+    def _scan(self, numbers: list[int]) -> tuple[Group, Callable[..., list[Any]]]:
+        exported = self._load("sample_gradient", None)
+        grads = [self._signature.grads[number] for number in numbers]
+        forms = [Form(tuple(leaf.shape), leaf.dtype, "whole") for leaf in grads]
+        tensors = {
+            number: Tensor(self.names[number], form, (), "strategy scan")
+            for number, form in zip(numbers, forms, strict=True)
+        }
+
+        @jax.jit
+        def produce(positions, *inputs):
+            def one(position):
+                found = exported.call(*inputs, position)
+                return [found[i].astype(form.wide) for i, form in zip(numbers, forms, strict=True)]
+
+            return lax.map(one, positions)
+
+        each = sum(leaf.nbytes for leaf in grads)
+        if each > self._memory:
+            raise ProgramError(
+                f"the gradient of one sample takes {each:,} bytes, more than the limit of "
+                f"{self._memory:,}",
+                why="it is held until it is reduced",
+                fix=f"memory={each} or more",
+            )
+        at_once = max(1, min(8, self._memory // max(each, 1)))
+        return Group("scan", tensors, each, at_once, produce), produce
+
+    def _load(self, name: str, results: Any) -> Any:
+        data = self._log.program(name)
+        return artifact.load(name, data, self._signature, allow=self._allow, results=results)
+
+
+@jax.jit
+def _take(payloads: Any, valid: Any) -> Any:
+    return jax.tree.map(lambda x: x[valid], payloads)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weighted(form: Form, payload: Any, weights: Any) -> Any:
+    """Return the weighted sum of the gradients that a payload stands for, in the tensor's shape."""
+
+    def scaled(x):
+        return x * weights.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+    if isinstance(payload, Outer | Rows):
+        payload = payload._replace(right=scaled(payload.right))
+    elif form.way != "zero":
+        payload = scaled(payload)
+    gradients = gradients_of(form, payload)
+    return settle(form, gradients.layout, gradients.total("value"))
+
+
+def reduce(
+    replayer: Replayer,
+    gradients: SampleGradients,
+    reductions: Sequence[Reduction],
+    steps: range,
+    *,
+    strategy: str,
+    exact: bool,
+    progress: Callable[[int], None],
+) -> Reduced:
+    """Replay steps and reduce their per-sample gradients; answers are lists by tensor.
+
+    Args:
+        replayer: of the run.
+        gradients: of the run.
+        reductions: what is asked for.
+        steps: of the run, in a row.
+        strategy: `factored`, `scan`, or `auto`: what was measured to be faster on this machine.
+        exact: raise where the trajectory departs from the log.
+        progress: called with the number of steps done since the last call.
+    """
+    check(reductions)
+    if strategy not in ("auto", "factored", "scan"):
+        raise ProgramError(
+            f"there is no strategy {strategy!r} for recorded steps",
+            why="they are answered by archived programs: the factors, and the gradient of one "
+            "sample",
+            fix="one of auto, factored, scan",
+        )
+    stream = Stream(reductions, len(gradients.names))
+    occurrences, gap, deviation, closed = [], 0.0, 0.0, -1
+    for replayed in replayer.steps(steps.start, steps.stop, exact=exact, late=True):
+        step = replayed.executed.start
+        if step == steps.start:
+            strategy = gradients.choose(strategy, replayed, reductions)
+        stream.update(step, gradients.parts(replayed, strategy), gradients.leaves(replayed))
+        if step == steps.start or step % BLOCK_STEPS == 0:
+            gap = max(gap, gradients.gap(replayed, strategy))
+        size = len(replayed.ids)
+        occurrences.append(step * size + np.flatnonzero(replayed.ids >= 0))
+        deviation, closed = replayed.deviation, replayed.closed
+        progress(1)
+    grade = Grade.BITWISE if closed == steps.stop else Grade.UNAUDITED
+    return Reduced(
+        tuple(stream.results()),
+        steps,
+        np.concatenate(occurrences).astype(np.int64),
+        Grade.NUMERIC if deviation else grade,
+        gradients.strategies(strategy),
+        gap,
+        deviation,
+    )

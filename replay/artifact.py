@@ -25,7 +25,8 @@ from replay.tree import Leaf, describe, lift, lower
 
 # The versioned table of what may stand in `program/`. A reader refuses a version it does not know.
 VERSIONS: dict[str, int] = dict.fromkeys(
-    ("step", "block", "gradient", "update", "losses", "sample_gradient", "factors"), 1
+    ("step", "block", "gradient", "update", "losses", "sample_gradient", "factors", "activations"),
+    1,
 )
 
 KEY_IMPLEMENTATION = "threefry2x32"

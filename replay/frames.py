@@ -389,4 +389,4 @@ def _some(form, payload, shape, indices):
 
 @functools.partial(jax.jit, static_argnums=3)
 def _attributed(grads, share, weights, size):
-    return share * (weights / size)[:, None] * grads
+    return share[None] * (weights / size)[:, None] * grads

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from replay import artifact
+from replay.activations import Tagged, tagged
 from replay.artifact import KEY_IMPLEMENTATION, VERSIONS, Signature
 from replay.checkpoints import Checkpoints, Schedule
 from replay.data import Data, checksum
@@ -387,8 +388,7 @@ class Recorder:
         each = batch_size * sum(leaf.nbytes for leaf in data.spec)
         block = steps_at_once(each) if self._by_block else 0
 
-        factors = _factors_of(self._program, state, example, batch_size)
-        more = {} if factors is None else {"factors": factors}
+        more = _observers(self._program, state, example, batch_size)
 
         def trace():
             return artifact.trace(
@@ -408,8 +408,8 @@ class Recorder:
             | {"text": texts[name], "optimized": optimized.get(name)}
             for name, file in files.items()
         }
-        if factors is not None:
-            programs["factors"]["table"] = factors.table
+        for name, observer in more.items():
+            programs[name]["table"] = observer.table
         steps = len(order) if order is not None else _MOST_FED_STEPS
         header = Header(
             name=self._program.name,
@@ -557,8 +557,10 @@ def check_program(program: Program, log: Log, data: Data) -> None:
         )
 
 
-def _factors_of(program: Program, state: Any, example: Any, batch_size: int) -> Tapped | None:
-    """Return the factors of per-sample gradients, as a function that observes a step."""
+def _observers(
+    program: Program, state: Any, example: Any, batch_size: int
+) -> dict[str, Tapped | Tagged]:
+    """Return what else observes a step: factors of per-sample gradients, tagged intermediates."""
 
     def inputs(key, batch):
         weights = jnp.ones(batch_size, jnp.float32)
@@ -568,7 +570,12 @@ def _factors_of(program: Program, state: Any, example: Any, batch_size: int) -> 
         lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), example
     )
     key = jax.eval_shape(lambda: jax.random.key(0, impl=KEY_IMPLEMENTATION))
-    return tapped(program, state, jax.eval_shape(inputs, key, rows))
+    given = jax.eval_shape(inputs, key, rows)
+    found = {
+        name: make(program, state, given)
+        for name, make in (("factors", tapped), ("activations", tagged))
+    }
+    return {name: observer for name, observer in found.items() if observer is not None}
 
 
 def _first_difference(here: Signature, there: Signature) -> str:

@@ -14,7 +14,7 @@ HERE = "tests/test_layers.py"
 LAYERS = (
     ("kernels",),
     ("errors", "identity", "tree"),
-    ("program", "artifact", "order", "data", "store", "journal", "checkpoints"),
+    ("program", "artifact", "activations", "order", "data", "store", "journal", "checkpoints"),
     ("log", "grads", "query", "cache"),
     ("trajectory", "plan", "writer", "progress"),
     ("worker", "selftest", "recording", "recorder", "replaying", "sample_gradients"),
@@ -32,6 +32,7 @@ WITHIN_A_LAYER = {
     ("identity", "errors"): "a fingerprint that does not match is an error with advice",
     ("tree", "errors"): "a tree that no file could hold is an error with advice",
     ("artifact", "program"): "an artifact is a program, exported",
+    ("activations", "program"): "what is tagged stands in the loss of a program",
     ("selftest", "worker"): "the fresh process of the proof is a worker",
     ("replaying", "worker"): "a replay with another thread count runs in a worker",
     ("sample_gradients", "replaying"): "per-sample gradients are computed along a replay",

@@ -148,8 +148,8 @@ class Problem:
 
         each = _bytes([jax.ShapeDtypeStruct(form.shape, form.wide) for form in forms])
         scan = strategy == "scan"
-        # Twice, because some reductions (an arg-max) hold a copy of what they look at.
-        at_once = self._at_once(2 * each, memory, _SCANNED if scan else None)
+        # Four times, because a ranking holds several copies of what it looks at.
+        at_once = self._at_once(4 * each, memory, _SCANNED if scan else None)
         return Group(strategy, wanted, each, at_once, _one_by_one(one) if scan else _over(one))
 
     def groups(self, strategies: Sequence[str], memory: int) -> list[Group]:

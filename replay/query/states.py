@@ -25,7 +25,7 @@ class Values(NamedTuple):
     Attributes:
         x: `[*kept, n]`.
         valid: `bool[n]`: whether there is a value, padding left out.
-        numbers: `int32[n]`: where each stands within the step.
+        numbers: `int32[n]`, or as `x`: where each stands within the step.
         step: `int32`.
     """
 
@@ -33,6 +33,16 @@ class Values(NamedTuple):
     valid: Any
     numbers: Any
     step: Any
+
+    @property
+    def mask(self) -> Any:
+        """`valid`, with axes for all of `x`."""
+        return _spread(self.valid, self.x)
+
+
+def _spread(row: Any, x: Any) -> Any:
+    """Give `[n]` axes of length one for what is kept in `[*kept, n]`."""
+    return row if row.ndim == x.ndim else row.reshape((1,) * (x.ndim - 1) + row.shape)
 
 
 class State(NamedTuple):
@@ -125,7 +135,7 @@ def _number(count: Any, xp: Any, like: Any) -> Any:
 
 def _counting(holds: Callable[[Any], Any]) -> State:
     def step(state, values):
-        return _more(state, (holds(values.x) & values.valid).sum(-1, dtype=jnp.uint32))
+        return _more(state, (holds(values.x) & values.mask).sum(-1, dtype=jnp.uint32))
 
     return State(
         lambda kept, dtype: _blank_count(*kept),
@@ -140,7 +150,7 @@ def _counting(holds: Callable[[Any], Any]) -> State:
 
 
 def _kept(values: Values, blank: Any) -> Any:
-    return jnp.where(values.valid, values.x, jnp.asarray(blank, values.x.dtype))
+    return jnp.where(values.mask, values.x, jnp.asarray(blank, values.x.dtype))
 
 
 def _zeros(kept: tuple[int, ...], dtype: Any) -> Any:
@@ -198,7 +208,7 @@ def _var(ddof: int) -> State:
         count = values.valid.sum(dtype=jnp.uint32)
         x = _kept(values, 0).astype(state[1].dtype)
         mean = x.sum(-1) / jnp.maximum(count, 1).astype(x.dtype)
-        m2 = jnp.where(values.valid, jnp.square(x - mean[..., None]), 0).sum(-1)
+        m2 = jnp.where(values.mask, jnp.square(x - mean[..., None]), 0).sum(-1)
         return join(state, (_more(_blank_count(), count), mean, m2))
 
     def final(state, xp):
@@ -242,7 +252,7 @@ def _extreme(sign: int) -> State:
 
 _ANY = State(
     lambda kept, dtype: jnp.zeros(kept, bool),
-    lambda state, values: state | (values.x.astype(bool) & values.valid).any(-1),
+    lambda state, values: state | (values.x.astype(bool) & values.mask).any(-1),
     jnp.logical_or,
     lambda state, xp: {"value": xp.asarray(state)},
     exact=True,
@@ -250,7 +260,7 @@ _ANY = State(
 
 _ALL = State(
     lambda kept, dtype: jnp.ones(kept, bool),
-    lambda state, values: state & (values.x.astype(bool) | ~values.valid).all(-1),
+    lambda state, values: state & (values.x.astype(bool) | ~values.mask).all(-1),
     jnp.logical_and,
     lambda state, xp: {"value": xp.asarray(state)},
     exact=True,
@@ -258,7 +268,7 @@ _ALL = State(
 
 
 def _holds(values: Values) -> Any:
-    return (values.x.astype(bool) & values.valid).any(-1)
+    return (values.x.astype(bool) & values.mask).any(-1)
 
 
 _FIRST = State(
@@ -301,9 +311,9 @@ def _top_k(k: int, smallest: bool) -> State:
 
     def step(state, values):
         x = values.x.astype(state[0].dtype)
-        x = jnp.where(values.valid, -x if smallest else x, -jnp.inf)
-        steps = jnp.where(values.valid, values.step, -1)
-        numbers = jnp.where(values.valid, values.numbers, -1)
+        x = jnp.where(values.mask, -x if smallest else x, -jnp.inf)
+        steps = jnp.where(values.mask, values.step, -1)
+        numbers = jnp.where(values.mask, _spread(values.numbers, x), -1)
         return best([state, (x, *(jnp.broadcast_to(y, x.shape) for y in (steps, numbers)))])
 
     def final(state, xp):
@@ -369,13 +379,13 @@ def _sketch(q: Sequence[float]) -> State:
 def quantiles(x: Any, valid: Any, q: Sequence[float]) -> Any:
     """Return exact quantiles of the last axis, `[*kept, quantiles]`, of the valid ones."""
     x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-    ordered = jnp.sort(jnp.where(valid, x, jnp.inf), axis=-1)
+    ordered = jnp.sort(jnp.where(_spread(valid, x), x, jnp.inf), axis=-1)
     n = valid.sum()
     at = jnp.asarray(q, x.dtype) * jnp.maximum(n - 1, 0)
     low = jnp.floor(at).astype(jnp.int32)
     high = jnp.minimum(low + 1, jnp.maximum(n - 1, 0))
-    share = at - low
+    share = _spread(at - low, x)
     first, second = (jnp.take(ordered, places, axis=-1) for places in (low, high))
     value = jnp.where(share > 0, first + (second - first) * share, first)
-    spoiled = (jnp.isnan(x) & valid).any(-1, keepdims=True) | (n == 0)
+    spoiled = (jnp.isnan(x) & _spread(valid, x)).any(-1, keepdims=True) | (n == 0)
     return jnp.where(spoiled, jnp.nan, value)

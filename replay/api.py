@@ -6,7 +6,7 @@ import functools
 import operator
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -191,6 +191,11 @@ class Run(Quantities):
     def order(self) -> Order | None:
         """The order of the samples; None for a run that was fed."""
         return self.log.order
+
+    @property
+    def data(self) -> Data | None:
+        """The samples; None for a run that was fed, or that neither holds nor was given them."""
+        return self._data
 
     @property
     def checkpoints(self) -> list[int]:
@@ -393,6 +398,74 @@ class Run(Quantities):
             )
         pairs = zip(reductions, found.answers, strict=True)
         return found._replace(answers=tuple(self._answer(*pair) for pair in pairs))
+
+    def map(
+        self,
+        function: Callable[[Step], Any],
+        *,
+        steps: slice | None = None,
+        exact: bool = True,
+        progress: bool | None = None,
+    ) -> Any:
+        """Return what a JAX function makes of each replayed step, stacked.
+
+        Args:
+            function: of a `Step`, jitted; returns arrays, or a tree of them.
+            steps: which; all by default.
+            exact: raise where the replay departs from the run.
+            progress: whether to show a progress bar; by default where there is a terminal.
+
+        Returns:
+            A tree of numpy arrays with a leading axis of steps.
+
+        Example:
+            `run.map(lambda s: jnp.linalg.norm(s.grads["Dense_0"]["kernel"], ord=2))`
+        """
+        found: list[Any] = []
+
+        def add(_, step):
+            found.append(jax.tree.map(np.asarray, jitted(step)))
+
+        jitted = jax.jit(function)
+        self._visit(add, None, steps, exact, progress)
+        return jax.tree.map(lambda *parts: np.stack(parts), *found) if found else None
+
+    def fold(
+        self,
+        function: Callable[[Any, Step], Any],
+        init: Any,
+        *,
+        steps: slice | None = None,
+        exact: bool = True,
+        progress: bool | None = None,
+    ) -> Any:
+        """Return what `state = function(state, step)` has come to after all replayed steps.
+
+        Args:
+            function: of a state, any tree of arrays, and a `Step`; jitted.
+            init: the state before the first step.
+            steps: which; all by default.
+            exact: raise where the replay departs from the run.
+            progress: whether to show a progress bar; by default where there is a terminal.
+        """
+        return self._visit(jax.jit(function), init, steps, exact, progress)
+
+    def _visit(self, function: Callable, state: Any, steps: Any, exact: bool, progress: Any) -> Any:
+        wanted = range(*(steps or slice(None)).indices(self.steps))
+        if wanted.step < 1:
+            raise OrderError(
+                f"steps {steps} run backwards",
+                why="a replay goes forwards",
+                fix="a slice with a positive stride",
+            )
+        if not wanted:
+            return state
+        with progress_bar("replaying", len(wanted), progress) as report:
+            for step in self.trajectory(wanted[0], wanted[-1] + 1, exact=exact):
+                if step.step in wanted:
+                    state = function(state, step)
+                    report(1)
+        return state
 
     def samples_at(self, occurrences: Any) -> np.ndarray:
         """Return the sample ids of occurrences (step · batch size + position); -1 stays -1."""

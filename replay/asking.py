@@ -72,6 +72,7 @@ class Asking:
         self.subjects = {subject.name: subject for subject in subjects}
         self._work = work
         self._observers: dict[tuple[str, str, int], Observers] = {}
+        self._warm: set[str] = set()
 
     def joint(self, other: "Asking") -> "Asking":
         """Return whom a question about the runs of both asks."""
@@ -158,10 +159,15 @@ class Asking:
         subject.others[name] = data
         return name
 
-    def labels(self, by: Any) -> Group:
-        """Return the groups of a dimension's name, or of labels."""
+    def labels(self, by: Any, others: int) -> Group:
+        """Return the groups of a dimension's name, or of labels.
+
+        Args:
+            by: a name, or a label for each sample.
+            others: how many samples there are, where they are not those of the run.
+        """
         subject = next(iter(self.subjects.values()))
-        samples = self._samples()
+        samples = others or self._samples()
         if isinstance(by, str):
             if by in ("tensor", "unit", "epoch"):
                 return Group(by)
@@ -296,7 +302,7 @@ class Asking:
 
     def _steps(self, nodes: Sequence[Node], asked: Mapping[str, Asked]) -> int:
         total = 0
-        for stage in planning.stages([root for node in nodes for root in planning.roots(node)]):
+        for stage in planning.stages(planning.replays(nodes)):
             for name in sorted({run for root in stage for run in planning.runs_of(root)}):
                 mine = [root for root in stage if name in planning.runs_of(root)]
                 passed, reached = planning.union(mine)
@@ -413,14 +419,16 @@ class Asking:
     ) -> None:
         """Keep what a replayed step took, for the next prediction."""
         wanted = [root for node in nodes for root in planning.roots(node)]
-        if len(asked) != 1 or len(wanted) != 1 or steps < 8:
+        if len(asked) != 1 or len(wanted) != 1 or steps < 8 or any(map(planning.waits, nodes)):
             return
         ((_, one),) = asked.items()
         key = self._rate_key(wanted[0], one)
+        if key not in self._warm:  # the first time compiles
+            self._warm.add(key)
+            return
         ratio = seconds / steps / one.catalogue.seconds
         before = rates.recall(key)
         above = max(0.0, ratio - REPLAYED)
-        # The first time compiles, so the least of what was seen counts.
         rates.remember(key, {"above": min(above, before["above"]) if before else above})
 
 

@@ -5,6 +5,7 @@ must not colour, move or overwrite anything in the terminal that shows it.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import math
@@ -24,7 +25,7 @@ import tyro
 from rich.filesize import decimal
 from rich.text import Text
 
-from replay import demo, report
+from replay import demo, questions, report
 from replay.api import Run, open
 from replay.errors import DataError, Grade, LogError, ReplayError, printable
 from replay.identity import sha256
@@ -37,6 +38,7 @@ _MOST_TENSORS = 20
 
 _Where = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 _Samples = Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE.npz")]
+_Picture = Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE.png")]
 
 app = tyro.extras.SubcommandApp()
 
@@ -56,7 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
             prog="replay",
             description="Record a JAX training run, and ask afterwards what happened, bit for bit.",
-            config=(tyro.conf.FlagCreatePairsOff,),
+            config=(
+                tyro.conf.FlagCreatePairsOff,
+                tyro.conf.OmitArgPrefixes,
+                tyro.conf.OmitSubcommandPrefixes,
+            ),
         )
     except ReplayError as error:
         parts = (f"error: {error.what}", f"  why: {error.why}", f"  fix: {error.fix}")
@@ -68,15 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_demo(directory: pathlib.Path = pathlib.Path("runs")) -> int:
     """Record a small training and replay it in a process that lacks its code.
 
-    A convolutional network learns scikit-learn's digits. Then another process, to which the code
-    of the network is barred, audits the run and asks for a state that was never stored. The run
-    is DIRECTORY/digits, or digits-2 where that exists, and so on: nothing is ever overwritten.
-    Exits with 1 unless the audit is BITWISE.
+    A convolutional network learns scikit-learn's digits, twice, in two orders. Then another
+    process, to which the code of the network is barred, audits the run, asks for a state that was
+    never stored, and asks all questions of `replay ask`. The runs are DIRECTORY/digits and
+    digits-reordered, the pictures are in digits.html, or digits-2 where that exists, and so on:
+    nothing is ever overwritten. Exits with 1 unless the audit is BITWISE.
 
     Example: replay demo --directory runs
 
     Args:
-        directory: where the run and the picture of its losses go
+        directory: where the runs and the page of pictures go
     """
     return demo.main(directory)
 
@@ -261,16 +268,166 @@ def plot(run: _Where, out: pathlib.Path = pathlib.Path("loss.png")) -> int:
         out: the picture to write, in the format that its ending names
     """
     _check_target(out, replace=True)
-    figure = report.plot_loss(open(run))
-    formats = sorted(figure.canvas.get_supported_filetypes())
-    if out.suffix[1:].lower() not in formats:
-        raise ReplayError(
-            f"{out} does not end in a known format",
-            why=f"matplotlib writes {', '.join(formats)}",
-            fix=f"--out {out.stem}.png",
-        )
-    figure.savefig(out, dpi=150)
+    _check_format(out)
+    report.plot_loss(open(run)).savefig(out, dpi=150)
     _say(f"the picture is in {out}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What every question takes.
+
+    Args:
+        explain: print what the answer would take, and replay nothing
+        plot: draw the answer, too; an earlier picture is replaced
+        data: the samples of a run that does not hold them, as numpy.savez(FILE, x=..., y=...) does
+    """
+
+    explain: bool = False
+    plot: _Picture = None
+    data: _Samples = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Changers(_Asked):
+    """Which samples, or classes, changed the weights most in an epoch.
+
+    Example: replay ask runs/digits samples --epoch 1 --top 3
+
+    Args:
+        epoch: the number of the epoch
+        top: how many samples are listed for each tensor
+        by_class: rank classes instead of samples, by a leaf of the data
+        label: the leaf that holds the class, where it has an unusual name
+        tensor: one tensor, or several by a pattern such as Dense_*
+    """
+
+    epoch: int = 0
+    top: int = 5
+    by_class: bool = False
+    label: str = "label"
+    tensor: str = "*"
+
+    def of(self, run: Run) -> questions.Question:
+        by = self.label if self.by_class else None
+        return questions.samples(run, epoch=self.epoch, top=self.top, by=by, tensor=self.tensor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Changed(_Asked):
+    """Which weights changed most over the training.
+
+    Example: replay ask runs/digits weights --top 10
+
+    Args:
+        top: how many weights are listed
+        tensor: one tensor, or several by a pattern such as Dense_*
+    """
+
+    top: int = 20
+    tensor: str = "*"
+
+    def of(self, run: Run) -> questions.Question:
+        return questions.weights(run, top=self.top, tensor=self.tensor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Explosion(_Asked):
+    """The last samples before more than a share of the gradients exceed a threshold.
+
+    Example: replay ask runs/digits explosion --threshold 0.5 --last 6
+
+    Args:
+        threshold: of the absolute value of a gradient; what is NaN exceeds it
+        share: of all weights, 0 to 1
+        last: how many samples are listed
+    """
+
+    threshold: float = 1024.0
+    share: float = 0.1
+    last: int = 10
+
+    def of(self, run: Run) -> questions.Question:
+        return questions.explosion(run, threshold=self.threshold, share=self.share, last=self.last)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Zero(_Asked):
+    """The last samples that led a weight to zero, and the share of each.
+
+    Example: replay ask runs/digits zero --weight 'w[1]' --last 6
+
+    Args:
+        weight: its tensor and its index, such as 'Dense_0/kernel[3,7]'
+        last: how many samples are listed
+    """
+
+    weight: str
+    last: int = 20
+
+    def of(self, run: Run) -> questions.Question:
+        return questions.zero(run, self.weight, last=self.last)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Compared(_Asked):
+    """How far apart two runs are after some steps: their weights, and their losses.
+
+    Example: replay ask runs/digits compare runs/digits --step 60
+
+    Args:
+        other: the other run
+        step: after how many steps; by default as many as both have
+    """
+
+    other: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OTHER")]
+    step: int | None = None
+
+    def of(self, run: Run) -> questions.Question:
+        return questions.compare(run, _open_with(self.other, self.data), step=self.step)
+
+
+@app.command
+def ask(
+    run: _Where,
+    question: Annotated[_Changers, tyro.conf.subcommand("samples")]
+    | Annotated[_Changed, tyro.conf.subcommand("weights")]
+    | Annotated[_Explosion, tyro.conf.subcommand("explosion")]
+    | Annotated[_Zero, tyro.conf.subcommand("zero")]
+    | Annotated[_Compared, tyro.conf.subcommand("compare")],
+) -> int:
+    """Ask a run which samples and weights did what; `replay ask RUN QUESTION --help` tells more.
+
+    Example: replay ask runs/digits weights --top 10
+
+    Args:
+        run: the run directory, or the URL of a key-value store
+        question: what is asked
+    """
+    if question.plot is not None:
+        _check_target(question.plot, replace=True)
+        _check_format(question.plot)
+    asked = question.of(_open_with(run, question.data))
+    if question.explain:
+        _say(f"what the answer of {asked.name} would take", style="bold")
+        _say(*(f"  {line}" for line in asked.explain().splitlines()))
+        return 0
+    for table in asked.tables():
+        _say(table.title, style="bold")
+        if table.rows:
+            shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+            for name in table.columns:
+                words = name in table.words
+                justify = "left" if words else "right"
+                shown.add_column(name, justify=justify, overflow="fold", no_wrap=not words)
+            for row in table.rows:
+                shown.add_row(*map(_plain, row))
+            _console().print(shown)
+    _say(asked.footing)
+    if question.plot is not None:
+        report.draw_question(asked).savefig(question.plot, dpi=150)
+        _say(f"the picture is in {question.plot}")
     return 0
 
 
@@ -347,6 +504,16 @@ def _check_target(out: pathlib.Path, *, replace: bool) -> None:
             f"{out.parent} is not a directory that can be written",
             why=f"{out.name} is to go there",
             fix=f"mkdir -p {out.parent}, or name another file",
+        )
+
+
+def _check_format(out: pathlib.Path) -> None:
+    formats = report.formats()
+    if out.suffix[1:].lower() not in formats:
+        raise ReplayError(
+            f"{out} does not end in a known format",
+            why=f"matplotlib writes {', '.join(formats)}",
+            fix=f"name it {out.stem}.png",
         )
 
 

@@ -1,20 +1,25 @@
 """The demonstration: a training recorded here, and questioned where its code cannot be imported.
 
-A new question is a function of an open run that returns rows for the table: add it to
-`QUESTIONS`.
+What is printed comes from `QUESTIONS`, functions of an open run that return rows for the table.
+What the page shows comes from `PICTURES`, functions of two runs that return a ready-made question.
 """
 
+import base64
+import html
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,14 +31,17 @@ import rich.progress
 import rich.table
 from rich.filesize import decimal
 
+from replay import questions, report
 from replay.api import Run, open
 from replay.errors import Grade, ReplayError
 from replay.order import Order
 from replay.program import Program
 from replay.recorder import Recorder
-from replay.report import plot_loss
 
 BATCH_SIZE = 64
+
+# How much of the training is recorded again, in another order.
+OTHER_EPOCHS = 3
 
 # What the second process cannot import: the code of the training, and what that code needs.
 BARRED = ("replay.demo", "flax", "sklearn")
@@ -43,8 +51,8 @@ def main(directory: str | os.PathLike, *, epochs: int = 20) -> int:
     """Record a training, question it in another process, and print what was found.
 
     Args:
-        directory: where the run and the picture of its losses go, as `digits`, or `digits-2` if
-            that exists, and so on.
+        directory: where the runs and the page of pictures go, as `digits`, `digits-reordered` and
+            `digits.html`, or `digits-2` and so on if that exists.
         epochs: passes over the 1,438 training samples, 22 steps each.
 
     Returns:
@@ -63,13 +71,17 @@ def main(directory: str | os.PathLike, *, epochs: int = 20) -> int:
     names = (f"digits-{n}" if n > 1 else "digits" for n in itertools.count(1))
     path = next(path for path in (pathlib.Path(directory, n) for n in names) if not path.exists())
     console = rich.console.Console(markup=False, emoji=False, highlight=False)
+    other = path.with_name(f"{path.name}-reordered")
     console.print(f"recording {path}", soft_wrap=True)
     rows = record_digits(path, epochs)
+    console.print(f"recording {other}, the same in another order", soft_wrap=True)
+    record_digits(other, epochs, seed=1, stop=min(epochs, OTHER_EPOCHS))
     console.print(f"asking a process that cannot import {', '.join(BARRED)}", soft_wrap=True)
-    rows |= ask_elsewhere(path)
-    picture = path.with_name(f"{path.name}-loss.png")
-    plot_loss(open(path)).savefig(picture, dpi=150)
-    rows["picture of the losses"] = str(picture)
+    answers, shown = ask_elsewhere(path, other)
+    page = path.with_name(f"{path.name}.html")
+    page.write_text(page_of(str(path), {**rows, **answers}, shown), encoding="utf-8")
+    rows |= answers
+    rows["pictures of the answers"] = str(page)
     table = rich.table.Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -82,10 +94,21 @@ def main(directory: str | os.PathLike, *, epochs: int = 20) -> int:
 # ------------------------------------------------------------------------------- the training
 
 
-def record_digits(path: pathlib.Path, epochs: int) -> dict[str, str]:
-    """Train a small convolutional network with dropout on handwritten digits, and record it."""
+def record_digits(
+    path: pathlib.Path, epochs: int, *, seed: int = 0, stop: int | None = None
+) -> dict[str, str]:
+    """Train a small convolutional network with dropout on handwritten digits, and record it.
+
+    Args:
+        path: where the run goes.
+        epochs: of the whole training, whose length the learning rate follows.
+        seed: of the order.
+        stop: record only so many epochs.
+    """
     train, test = _digits()
-    order = Order.shuffled(BATCH_SIZE, epochs, seed=0).bind(len(train["label"]))
+    order = Order.shuffled(BATCH_SIZE, epochs, seed=seed).bind(len(train["label"]))
+    each = len(order) // epochs
+    steps = each * (stop or epochs)
     network = _network()
 
     def loss(apply, example):
@@ -104,12 +127,10 @@ def record_digits(path: pathlib.Path, epochs: int) -> dict[str, str]:
         network, loss, optax.adamw(rate), train["image"][0], train=False, name="digits"
     )
     begun = time.perf_counter()
-    with (
-        Recorder(path, program, train, order, key=jax.random.key(0), checkpoints=100) as recorder,
-        _progress() as bar,
-    ):
-        task = bar.add_task("recording", total=len(order), accuracy=0.0)
-        while recorder.advance(len(order) // epochs):
+    options = {"key": jax.random.key(0), "checkpoints": 100, "self_test": stop is None}
+    with Recorder(path, program, train, order, **options) as recorder, _progress() as bar:
+        task = bar.add_task("recording", total=steps, accuracy=0.0)
+        while recorder.step < steps and recorder.advance(each):
             found = float(accuracy(recorder.params))
             recorder.log(test_accuracy=found)
             bar.update(task, completed=recorder.step, accuracy=found)
@@ -192,23 +213,105 @@ def state_never_stored(run: Run) -> dict[str, str]:
 
 QUESTIONS = (audit, state_never_stored)
 
+
+def which_samples(run: Run, other: Run) -> questions.Question:
+    """Which samples changed the weights most in an epoch?"""
+    return questions.samples(run, epoch=min(3, run.steps // 22 - 1), top=5, tensor="Dense_*")
+
+
+def which_weights(run: Run, other: Run) -> questions.Question:
+    """Which weights changed most over the training?"""
+    return questions.weights(run, top=20)
+
+
+def another_order(run: Run, other: Run) -> questions.Question:
+    """How far does another order of the samples lead away?"""
+    return questions.compare(run, other)
+
+
+def large_gradients(run: Run, other: Run) -> questions.Question:
+    """Which samples came last before the gradients became large?"""
+    return questions.explosion(run, threshold=0.03, last=10)
+
+
+def weight_to_zero(run: Run, other: Run) -> questions.Question:
+    """Which samples led a weight to zero, and how much did each of them do?"""
+    first, last = (np.asarray(run.state(at).params["Dense_1"]["kernel"]) for at in (0, run.steps))
+    place = int(np.argmin(first * last))  # that which went furthest to the other side
+    return questions.zero(run, f"Dense_1/kernel[{place // 10},{place % 10}]", last=64)
+
+
+PICTURES = (
+    which_samples,
+    which_weights,
+    another_order,
+    large_gradients,
+    weight_to_zero,
+)
+
+
+def section(title: str, question: questions.Question) -> dict[str, Any]:
+    """Return what the page shows of a question."""
+    words = ["replay", "ask", question.run.path, question.name]
+    for name, value in question.settings.items():
+        if name == "other":
+            words.append(value.path)
+        elif name not in ("by", "tested"):
+            words += [f"--{name}", str(value)]
+    return {
+        "title": title,
+        "command": shlex.join(words),
+        "tables": question.tables(),
+        "footing": question.footing,
+        "picture": encoded(report.draw_question(question)),
+    }
+
+
+def encoded(figure: Any) -> str:
+    """Return a picture as text, PNG in base64."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def sections(run: Run, other: Run, makes: Sequence[Callable]) -> list[dict[str, Any]]:
+    """Answer all questions of the page, one after the other."""
+    losses = {"title": "The training", "picture": encoded(report.plot_loss(run))}
+    return [losses, *(section(str(make.__doc__), make(run, other)) for make in makes)]
+
+
 _ELSEWHERE = """
-import json, sys
+import base64, io, json, shlex, sys
+from collections.abc import Callable, Sequence
+from typing import Any
 sys.path[:] = {path!r}
 for name in {barred!r}:
     sys.modules[name] = None
+import numpy as np
 import optax
+from replay import questions, report
 from replay.api import Run, open
-{questions}
+{sources}
+run, other = open({run!r}), {other!r}
 rows = {{}}
 for question in ({names}):
-    rows |= question(open({run!r}))
-print(json.dumps(rows))
+    rows |= question(run)
+shown = [] if other is None else sections(run, open(other), ({pictures}))
+print(json.dumps([rows, shown]))
 """
 
 
-def ask_elsewhere(path: pathlib.Path) -> dict[str, str]:
+def ask_elsewhere(
+    path: pathlib.Path, other: pathlib.Path | None = None
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Ask all questions in a fresh, isolated process in another directory.
+
+    Args:
+        path: the run.
+        other: another run to compare it with; without one, nothing is drawn.
+
+    Returns:
+        Rows for the table, and sections of the page.
 
     Raises:
         ReplayError: the process failed; what it said stands on stderr.
@@ -216,9 +319,13 @@ def ask_elsewhere(path: pathlib.Path) -> dict[str, str]:
     script = _ELSEWHERE.format(
         path=[os.path.abspath(folder) for folder in sys.path],
         barred=BARRED,
-        questions="\n".join(map(inspect.getsource, QUESTIONS)),
+        sources="\n".join(
+            map(inspect.getsource, (*QUESTIONS, *PICTURES, section, encoded, sections))
+        ),
         names="".join(f"{question.__name__}, " for question in QUESTIONS),
+        pictures="".join(f"{make.__name__}, " for make in PICTURES),
         run=str(path.absolute()),
+        other=None if other is None else str(other.absolute()),
     )
     with tempfile.TemporaryDirectory() as elsewhere:
         command = [sys.executable, "-I", "-c", script]
@@ -229,4 +336,62 @@ def ask_elsewhere(path: pathlib.Path) -> dict[str, str]:
             why="a run has to answer without the code that recorded it",
             fix=f"replay verify {path}",
         )
-    return json.loads(done.stdout.splitlines()[-1])
+    rows, shown = json.loads(done.stdout.splitlines()[-1])
+    return rows, shown
+
+
+# ----------------------------------------------------------------------------------- the page
+
+_MOST_ROWS = 15
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1040px; margin: 2em auto;
+  padding: 0 1em }
+h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2.5em }
+img { max-width: 100%; display: block; margin: 1em 0 }
+table { border-collapse: collapse; margin: .5em 0 1em; font-size: 13px }
+th, td { padding: .15em .8em .15em 0; text-align: right; font-variant-numeric: tabular-nums }
+th { border-bottom: 1px solid #999; font-weight: 600 } .words { text-align: left }
+code { background: #f3f3f3; padding: .15em .4em; overflow-wrap: anywhere }
+.note { color: #666; font-size: 13px }
+"""
+
+
+def page_of(title: str, rows: dict[str, str], shown: Sequence[dict[str, Any]]) -> str:
+    """Make one HTML page that holds all of its pictures; every text in it is escaped."""
+    text = html.escape
+    parts = [f"<h1>{text(title)}</h1>", "<table>"]
+    for name, value in rows.items():
+        parts.append(
+            f'<tr><td class="words"><b>{text(name)}</b></td><td class="words">{text(value)}</td>'
+        )
+    parts.append("</table>")
+    for each in shown:
+        parts.append(f"<h2>{text(each['title'])}</h2>")
+        if "command" in each:
+            parts.append(f"<p><code>{text(each['command'])}</code></p>")
+        parts.append(
+            f'<img alt="{text(each["title"])}" src="data:image/png;base64,{text(each["picture"])}">'
+        )
+        for heading, columns, lines, words in each.get("tables", ()):
+            kinds = [' class="words"' if column in words else "" for column in columns]
+            more = len(lines) - _MOST_ROWS
+            parts.append(f"<p>{text(heading)}</p>")
+            if lines:
+                parts.append(_row("th", columns, kinds, "<table>"))
+                parts += [_row("td", line, kinds) for line in lines[:_MOST_ROWS]]
+                parts.append("</table>" + f'<p class="note">and {more:,} more</p>' * (more > 0))
+        if "footing" in each:
+            parts.append(f'<p class="note">{text(each["footing"])}</p>')
+    head = f'<meta charset="utf-8"><title>{text(title)}</title><style>{_STYLE}</style>'
+    return (
+        f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n"
+        + "\n".join(parts)
+        + ("\n</body></html>\n")
+    )
+
+
+def _row(tag: str, cells: Sequence[str], kinds: Sequence[str], before: str = "") -> str:
+    pairs = zip(cells, kinds, strict=True)
+    inside = "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in pairs)
+    return f"{before}<tr>{inside}</tr>"

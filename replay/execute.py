@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from replay import grouped
 from replay import plan as planning
 from replay.errors import Grade, QueryError
 from replay.frames import CONDITION_LIMIT, Frame, Observers
@@ -28,6 +29,7 @@ from replay.grads.stream import Stream
 from replay.query import states
 from replay.query.nodes import (
     RAGGED,
+    Among,
     At,
     Group,
     Lag,
@@ -121,9 +123,11 @@ def fused(node: Node) -> tuple[tuple[Node, ...], Callable[[Sequence[Any]], Any]]
 
     def build(this: Node) -> Callable[[Sequence[Any]], Any]:
         dims = _without_walk(this.dims)
+        if isinstance(this, Scan) and this.quantity == "updates":
+            this = _moved(this)
         if not isinstance(this, Map) or not this.walked:
-            number = starts.setdefault(this, len(starts))
-            return lambda arrays: arrays[number]
+            number, ragged = starts.setdefault(this, len(starts)), bool(this.parts)
+            return lambda arrays: _flat(arrays[number], dims) if ragged else arrays[number]
         parts = [
             (build(x), _without_walk(x.dims)) if isinstance(x, Node) else (x, None)
             for x in this.arguments
@@ -140,6 +144,19 @@ def fused(node: Node) -> tuple[tuple[Node, ...], Callable[[Sequence[Any]], Any]]
 
     run = build(node)
     return tuple(starts), run
+
+
+def _moved(scan: Scan) -> Node:
+    """Return updates as the difference of weights, to be computed where they are used."""
+    weights = dataclasses.replace(scan, quantity="weights")
+    return Map("subtract", (At(weights, 1), At(weights, 0)))
+
+
+def _flat(x: Any, dims: Sequence[str]) -> Any:
+    """Let the last axis run over all weights of a tensor, which may come in its own shape."""
+    if not set(dims) & set(RAGGED) or x.ndim == len(dims):
+        return x
+    return x.reshape(*x.shape[: len(dims) - 1], -1)
 
 
 class Local:
@@ -180,6 +197,8 @@ class Local:
             return Value(dims, self._scan(node.child, node.offset))
         if isinstance(node, Lag):
             return self._lags[node][1]
+        if isinstance(node, Among):
+            return among(node, self.value(node.child), self.ids(node))
         if isinstance(node, Pick):
             child = self.value(node.child)
             axis = child.dims.index(node.dim)
@@ -195,15 +214,17 @@ class Local:
 
     def remember(self, node: Node) -> None:
         """Keep, for the next step, what lags below a node look back at."""
-        if isinstance(node, Lag):
-            self._lags[node] = (self.step, self.value(node.child))
-        for child in node.children:
-            if child.walked:
-                self.remember(child)
+        found, stack = {}, [node]
+        while stack:
+            this = stack.pop()
+            if isinstance(this, Lag) and self.step in this.child.steps:
+                found[this] = (self.step, self.value(this.child))
+            stack += [child for child in this.children if child.walked]
+        self._lags |= found  # at last, as a difference of differences looks back within
 
     def valid(self, node: Node) -> np.ndarray:
-        """Return where in the batch of a node's run there is a sample."""
-        return self.frames[next(node.scans()).run].valid
+        """Return where in the batch of a node's run there is a sample that is chosen."""
+        return chosen(node, self.ids(node))
 
     def ids(self, node: Node) -> np.ndarray:
         """Return the batch of a node's run."""
@@ -212,7 +233,7 @@ class Local:
     def _scan(self, scan: Scan, offset: int) -> list[Any]:
         frame = self.frames[scan.run]
         if scan.quantity == "column":
-            return [self._known[scan].data[0][self.step]]
+            return [self._known[scan].data[0][np.searchsorted(scan.steps, self.step)]]
         return [frame.get(scan, part, offset) for part in scan.tensors or (None,)]
 
     def _column(self, node: Reduce) -> Value | None:
@@ -248,6 +269,32 @@ class Local:
         for part in scan.tensors:
             data.append(_sum_of_shares(frame, part, of, by))
         return Value(_without_walk(node.dims), data)
+
+
+def chosen(node: Node, ids: np.ndarray) -> np.ndarray:
+    """Return where in a batch there is a sample, of those that a node looks at."""
+    found = ids >= 0
+    stack = [node]
+    while stack:
+        this = stack.pop()
+        if isinstance(this, Among):
+            found = found & np.isin(ids, this.samples)
+        stack += this.children
+    return found
+
+
+def among(node: Among, value: Value, ids: np.ndarray) -> Value:
+    """Make NaN, or false, of what belongs to other samples."""
+    shape = [-1 if dim == "position" else 1 for dim in value.dims]
+
+    def only(x):
+        mine = chosen(node, ids).reshape([*shape, *[1] * (x.ndim - len(shape))])
+        if states.is_count(x.dtype):
+            return x & mine
+        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+        return jnp.where(mine, x.astype(dtype), jnp.asarray(jnp.nan, dtype))
+
+    return Value(value.dims, [only(x) for x in value.data])
 
 
 @functools.cache
@@ -309,7 +356,7 @@ def _weighted_sums(form, of, payload, table):
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _times(total, share, of, indices):
     share = jnp.abs(share) if of == "magnitude" else share
-    flat = (total * share).reshape(len(total), -1)
+    flat = (total * share[None]).reshape(len(total), -1)
     return flat if indices is None else flat[:, np.asarray(indices, np.int32)]
 
 
@@ -324,26 +371,28 @@ class Shape(NamedTuple):
         over: those that are reduced within a step.
         rows: the one along which groups of samples are told apart, or nothing.
         kept: those that stay, in order; `unit` for groups by unit.
-        offset: number of the part's first weight among all.
-        total: how many weights there are.
+        units: how many units a part has, for groups by unit.
+        offset: number of the part's first weight among all, for rankings of weights; tensors of
+            one shape share executables otherwise.
+        total: how many weights there are, likewise.
     """
 
     dims: tuple[str, ...]
     over: tuple[str, ...]
     rows: str
     kept: tuple[str, ...]
-    part: Part | None
-    offset: int
-    total: int
+    units: int = 0
+    offset: int = 0
+    total: int = 1
 
     def arrange(self, x: Any) -> tuple[Any, Any]:
         """Return `[(rows,) *kept, n]` and the `int32[(rows,) n]` numbers of what is reduced."""
         dims, over = list(self.dims), list(self.over)
         numbers = self._numbers(x, dims)
-        if "unit" in self.kept and "unit" not in dims and self.part is not None:
-            units = self.part.shape[-1] if self.part.shape else 1
-            x = x.reshape(*x.shape[:-1], -1, units)
-            numbers = numbers.reshape(*numbers.shape[:-1], -1, units)
+        if self.units:
+            x = x.reshape(*x.shape[:-1], -1, self.units)
+            numbers = jnp.broadcast_to(numbers, (*numbers.shape[:-1], x.shape[-2] * self.units))
+            numbers = numbers.reshape(*numbers.shape[:-1], -1, self.units)
             dims = [*dims[:-1], "_row", "unit"]
             over = ["_row" if dim == "weight" else dim for dim in over]
         rows = [self.rows] if self.rows else []
@@ -364,7 +413,7 @@ class Shape(NamedTuple):
             shape = [1] * x.ndim
             shape[axis] = x.shape[axis]
             place = jnp.arange(x.shape[axis], dtype=jnp.int32).reshape(shape)
-            weight = dim == "weight"
+            weight = dim in RAGGED and self.total > 1
             total = total + (place + (self.offset if weight else 0)) * stride
             stride *= self.total if weight else x.shape[axis]
         return total
@@ -385,19 +434,24 @@ def _shapes(node: Reduce) -> tuple[list[Shape], tuple[str, ...]]:
     result = (*([node.by.dim] if rows and node.by else []), *kept, *([added] if added else []))
     parts = child.parts if set(dims) & set(RAGGED) else ()
     if not parts:
-        return [Shape(dims, over, rows, kept, None, 0, 1)], result
+        return [Shape(dims, over, rows, kept)], result
     if kind == "unit" and any(part.indices is not None for part in parts):
         raise QueryError(
             "units of chosen weights are asked for",
             why="a unit is a whole column of its tensor",
             fix="group whole tensors by unit",
         )
-    total = sum(part.size for part in parts)
-    offsets = np.cumsum([0, *[part.size for part in parts]])
+    units = [(part.shape or (1,))[-1] for part in parts]
+    ranked = node.how == "top_k" and set(RAGGED) & set(over)
+    sizes = [part.size for part in parts] if "weight" in dims else units
+    offsets = np.cumsum([0, *sizes]).tolist()
     shapes = [
-        Shape(dims, over, rows, kept, part, int(at), total)
-        for part, at in zip(parts, offsets[:-1], strict=True)
-    ]
+        Shape(
+            dims, over, rows, kept, each if kind == "unit" else 0,
+            *((offset, offsets[-1]) if ranked else ()),
+        )
+        for each, offset in zip(units, offsets[:-1], strict=True)
+    ]  # fmt: skip
     return shapes, result
 
 
@@ -439,7 +493,7 @@ def _stepper(node: Reduce, shape: Shape) -> tuple[Callable, Callable]:
         reduction = how(x)
         if not shape.rows:
             flat = numbers.reshape(-1, x.shape[-1])[0]
-            if "unit" in shape.kept and shape.part is not None and "unit" not in shape.dims:
+            if shape.units:
                 flat = numbers  # of each unit its own
             return reduction.step(state, Values(x, mask(valid, x), flat, step))
 
@@ -493,10 +547,11 @@ def _groups(node: Reduce, local: Local) -> Any:
     return np.where(ids < 0, -1, labels[np.maximum(ids, 0)]).astype(np.int32)
 
 
-def _inputs(node: Reduce, local: Any) -> tuple[list[Value], Any, Any]:
+def _inputs(
+    node: Reduce, local: Any, starts: Sequence[Node] | None = None
+) -> tuple[list[Value], Any, Any]:
     """Return the values that a reduction starts from, where samples are, and their groups."""
-    starts, _ = fused(_ranked(node))
-    values = [local.value(start) for start in starts]
+    values = [local.value(start) for start in starts or fused(_ranked(node))[0]]
     valid = None
     if "position" in node.over:
         valid = local.valid(node)
@@ -509,7 +564,7 @@ def _finished(node: Reduce, result_dims, per_part: list[Any], dtype: Any, xp: An
     reduction = states.reduction(node.how, node.options, dtype)
     kind = node.by.kind if node.by else ""
     parted = kind in ("tensor", "unit")
-    if "weight" in node.over and not parted and len(per_part) > 1:
+    if set(RAGGED) & set(node.over) and not parted and len(per_part) > 1:
         merge = _merger(node, dtype)
         per_part = [functools.reduce(merge, per_part)]
     read = [reduction.final(state, xp) for state in per_part]
@@ -559,7 +614,7 @@ def _exact_quantiles(node, shapes, values, valid, xp) -> Value:
         arranged, masks = [jnp.concatenate(arranged, -1)], [jnp.concatenate(masks, -1)]
     found = [xp.asarray(_quantiles(x, m, q)) for x, m in zip(arranged, masks, strict=True)]
     if node.by is not None:
-        return Value(("tensor", *result_dims), [xp.stack(found)])
+        found, result_dims = [xp.stack(found)], ("tensor", *result_dims)
     wanted = ordered(result_dims)
     order = [result_dims.index(dim) for dim in wanted]
     return Value(wanted, [x.transpose(order) for x in found])
@@ -582,6 +637,8 @@ class Fold:
         self.node, self._asked = node, asked
         self._keyed = node.by is not None and node.by.kind in ("epoch", "window")
         self._shapes, self._result = _shapes(node)
+        self._programs = [_stepper(node, shape) for shape in self._shapes]
+        self._starts, _ = fused(_ranked(node))
         self._states: dict[tuple[int, int], Any] = {}
         self._blocks: dict[tuple[int, int], Blocks] = {}
         self._block: int | None = None
@@ -589,7 +646,7 @@ class Fold:
 
     def take(self, local: Local) -> None:
         """Take the values of a step."""
-        values, valid, groups = _inputs(self.node, local)
+        values, valid, groups = _inputs(self.node, local, self._starts)
         if self._dtype is None:
             shapes = tuple((tuple(x.shape), str(x.dtype)) for x in _of_part(values, 0))
             self._dtype = _dtype(self.node, shapes)
@@ -597,8 +654,7 @@ class Fold:
         if block != self._block:
             self.close()
             self._block = block
-        for i, shape in enumerate(self._shapes):
-            init, step = _stepper(self.node, shape)
+        for i, (init, step) in enumerate(self._programs):
             arrays, key = _of_part(values, i), (self._key(local.step), i)
             if key not in self._states:
                 self._states[key] = init(arrays)
@@ -618,7 +674,8 @@ class Fold:
         if self.node.how not in ("first", "any") or self._keyed:
             return False
         found = [np.asarray(x) for x in (*self._states.values(), *self._results().values())]
-        if not found or max(x.size for x in found) > 1:
+        several = len(self._shapes) > 1 and not set(RAGGED) & set(self.node.over)
+        if several or not found or max(x.size for x in found) > 1:
             return False
         return any(bool(x >= 0) if self.node.how == "first" else bool(x) for x in found)
 
@@ -661,7 +718,8 @@ class Fold:
         if not self._keyed:
             return several[0]
         assert self.node.by is not None
-        return stacked(self.node.by.dim, several)
+        answer = stacked(self.node.by.dim, several)
+        return answer if self.keys() else _none_of(answer, self.node.by.dim)
 
     def keys(self) -> list[int]:
         """Return the epochs or windows that there are."""
@@ -815,6 +873,23 @@ def rule_of(node: Node, way: str) -> Rule | None:
     return None if reduction is None else Rule(reduction, scan, way)
 
 
+class Labelled(grouped.Sums):
+    """The running sums of a root over the gradients of samples, by labels."""
+
+    def __init__(self, node: Reduce, asked: Asked):
+        self._asked = asked
+        of, scan = planning.of_samples(node.child) or ("", None)
+        assert scan is not None
+        super().__init__(node, of, scan, asked.observers.tensor)
+
+    def result(self, empty: Callable[[], Any]) -> Value:
+        """Return the answer."""
+        totals = self.totals()
+        if totals is None:
+            return Fold(self.node, self._asked).result(empty)
+        return Value(("group", "weight"), totals)
+
+
 class Collected:
     """The values of a root at every step that is asked about."""
 
@@ -848,22 +923,22 @@ class Collected:
     def result(self, empty: Callable[[], Any]) -> Value:
         """Return all values, with the dimension that was walked."""
         if self._values:
-            return stacked(self.node.walked, [value for _, value in self._values])
+            return stacked(self.node.walked, [_on_host(value) for _, value in self._values])
         blank = _on_host(empty().value(self.node))
-        full = stacked(self.node.walked, [blank])
-        axis = full.dims.index(self.node.walked)
-        none = [slice(None)] * axis + [slice(0, 0)]
-        return Value(
-            full.dims,
-            [x[tuple(none)] for x in full.data],
-            {name: [x[tuple(none)] for x in parts] for name, parts in full.fields.items()},
-        )
+        return _none_of(stacked(self.node.walked, [blank]), self.node.walked)
+
+
+def _none_of(value: Value, dim: str) -> Value:
+    """Return the same without any entry of a dimension."""
+    none = (*[slice(None)] * value.dims.index(dim), slice(0, 0))
+    fields = {name: [x[none] for x in parts] for name, parts in value.fields.items()}
+    return Value(value.dims, [x[none] for x in value.data], fields)
 
 
 def _on_host(value: Value) -> Value:
     return Value(
         value.dims,
-        [np.asarray(x) for x in value.data],
+        [_flat(np.asarray(x), value.dims) for x in value.data],
         {name: [np.asarray(x) for x in parts] for name, parts in value.fields.items()},
     )
 
@@ -875,6 +950,21 @@ class _Everything:
 
     def __init__(self, value: Callable[[Node], Value]):
         self.value = value
+
+    def valid(self, node: Node) -> None:
+        """Every position has had a sample at some step."""
+
+    def ids(self, node: Node) -> np.ndarray:
+        """Return no samples.
+
+        Raises:
+            QueryError: always.
+        """
+        raise QueryError(
+            "samples are told apart after their steps were reduced",
+            why="a position holds another sample at each step",
+            fix="group by labels or samples first: x.groupby(labels).sum()",
+        )
 
 
 class Execution:
@@ -899,6 +989,7 @@ class Execution:
         self._known: dict[Node, Value] = {}
         self.grade, self.steps = Grade.BITWISE, 0
         self._keys: dict[Node, list[int]] = {}
+        self._places: dict[Node, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     # ---- questions
 
@@ -914,17 +1005,14 @@ class Execution:
                 for anchor, answer in zip(dict.fromkeys(anchors), found, strict=True)
             }
             questions = [_anchored(q, steps) for q in questions]
-        taken = {q: self._taken(q) for q in questions if isinstance(q, Take)}
-        plain = [taken[q][0] if isinstance(q, Take) else q for q in questions]
-        wanted = [root for q in plain for root in planning.roots(q)]
+        asked, questions = questions, [self._cut(q) for q in questions]
+        wanted = [root for q in questions for root in planning.roots(q)]
         for stage in planning.stages(wanted):
             self._run(stage, distribute)
         answers = []
-        for question, node in zip(questions, plain, strict=True):
-            value, occurrences = self.value(node), None
-            if isinstance(question, Take):
-                value, occurrences = self._picked(node, value, taken[question][1])
-            answers.append(Answer(value, question, self.grade, self.steps, occurrences))
+        for question, node in zip(asked, questions, strict=True):
+            where = self._places[node] if isinstance(node, Take) else None
+            answers.append(Answer(self.value(node), question, self.grade, self.steps, where))
         return answers
 
     def keys(self, node: Node) -> list[int]:
@@ -946,6 +1034,10 @@ class Execution:
             pick = lambda x: np.take(x, node.index, axis)  # noqa: E731
             fields = {name: [pick(x) for x in parts] for name, parts in child.fields.items()}
             return Value(node.dims, [pick(x) for x in child.data], fields)
+        if isinstance(node, Take):
+            return self._picked(node.child, self.value(node.child), self._places[node])
+        if isinstance(node, Among):
+            return self._only(node)
         if isinstance(node, Rename):
             child = self.value(node.child)
             dims = tuple(node.new if dim == node.old else dim for dim in child.dims)
@@ -988,8 +1080,7 @@ class Execution:
         walked = node.child.walked
         if not walked:
             return reduce_now(node, _Everything(self.value), np)
-        child = self.value(node.child)
-        rows = Known(node.child, child)
+        rows = Known(self.value)
         asked = self.runs[next(node.child.scans()).run]
         if walked not in node.over:
             root: Any = Collected(node, asked)
@@ -1005,6 +1096,23 @@ class Execution:
             return None
         return self.runs[next(node.scans()).run].observers.log.ids(step, step + 1)[0]
 
+    def _only(self, node: Among) -> Value:
+        value = self.value(node.child)
+        axis = value.dims.index("step")
+        log = self.runs[next(node.scans()).run].observers.log
+        rows = [log.ids(step, step + 1)[0] for step in node.steps.tolist()]
+        found = [
+            _on_host(
+                among(
+                    node,
+                    Value(_without_walk(value.dims), [np.take(x, i, axis) for x in value.data]),
+                    ids,
+                )
+            )
+            for i, ids in enumerate(rows)
+        ]
+        return stacked("step", found) if found else value
+
     def _logged(self, scan: Scan) -> Value:
         asked = self.runs[scan.run]
         steps = scan.steps
@@ -1019,9 +1127,19 @@ class Execution:
 
     # ---- anchors
 
+    def _cut(self, node: Node) -> Node:
+        """Cut what is taken from to the steps that matter, and keep which occurrences those are."""
+        node = node.rebuilt(self._cut)
+        if not isinstance(node, Take):
+            return node
+        child, where = self._taken(node)
+        node = dataclasses.replace(node, child=child)
+        self._places[node] = where
+        return node
+
     def _taken(self, take: Take) -> tuple[Node, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Return what is taken from, cut to the steps that matter, and the occurrences."""
-        child, anchor = take.child, take.anchor
+        child, anchor = take.of or take.child, take.anchor
         steps = child.steps
         if anchor < 0:
             chosen = steps[:0]
@@ -1047,9 +1165,17 @@ class Execution:
         found.sort()
         columns = np.asarray(found, np.int64).reshape(-1, 3)
         where = tuple(columns.T)
-        return restrict(child, "step", np.unique(columns[:, 0])), where  # type: ignore[return-value]
+        steps = np.unique(columns[:, 0])
+        missing = np.setdiff1d(steps, take.child.steps)
+        if len(missing):
+            raise QueryError(
+                f"there is nothing at step {missing[0]} to put beside what was taken",
+                why="a difference lacks the first step, and a selection what it leaves out",
+                fix="take from later steps, or join a quantity of all steps",
+            )
+        return restrict(take.child, "step", steps), where  # type: ignore[return-value]
 
-    def _picked(self, node: Node, value: Value, where: Any) -> tuple[Value, Any]:
+    def _picked(self, node: Node, value: Value, where: Any) -> Value:
         steps, positions, _ = where
         rows = np.searchsorted(node.steps, steps)
         axis = value.dims.index("step")
@@ -1066,14 +1192,16 @@ class Execution:
         if "position" in value.dims:
             rest = [dim for dim in dims if dim != "occurrence"]
             dims = ["occurrence", *rest]
-        found = Value(tuple(dims), [pick(x) for x in value.data])
-        return found, where
+        fields = {name: [pick(x) for x in parts] for name, parts in value.fields.items()}
+        return Value(tuple(dims), [pick(x) for x in value.data], fields)
 
     # ---- replays
 
     def _root(self, node: Node) -> Any:
         asked = self.runs[next(node.scans()).run]
         if isinstance(node, Reduce) and not node.walked:
+            if grouped.fits(planning.of_samples(node.child), node):
+                return Labelled(node, asked)
             rule = rule_of(node, asked.observers.way)
             return Fold(node, asked) if rule is None else Sampled(node, asked, rule)
         return Collected(node, asked)
@@ -1131,9 +1259,8 @@ class Execution:
             for constant in planning.constants(node):
                 self.value(constant)
             for scan in node.scans():
-                if scan.quantity == "column" and scan not in self._known:
-                    whole = self.runs[scan.run].columns(scan.name)
-                    self._known[scan] = Value(("step",), [whole])
+                if scan.quantity == "column":
+                    self.value(scan)
             self._check(node)
         together: dict[tuple[str, ...], list[Node]] = {}
         for node in stage:
@@ -1198,28 +1325,30 @@ class Execution:
                 continue
             last = None
             walk = asked.replayer.steps(span.start, span.stop, exact=self._exact, late=True)
-            for replayed in walk:
-                step = replayed.executed.start
-                self.steps += 1
-                if step in either:
-                    yield Frame(asked.observers, step, replayed.executed.before, replayed)
-                last = replayed
-                self._progress(1)
-            assert last is not None
-            if last.deviation:
-                self.grade = self.grade & Grade.NUMERIC
-            elif last.closed != span.stop:
-                self.grade = self.grade & Grade.UNAUDITED
+            try:
+                for replayed in walk:
+                    step, last = replayed.executed.start, replayed
+                    self.steps += 1
+                    if step in either:
+                        yield Frame(asked.observers, step, replayed.executed.before, replayed)
+                    self._progress(1)
+            finally:  # also where the rest is not asked for any more
+                if last is not None and last.deviation:
+                    self.grade = self.grade & Grade.NUMERIC
+                elif last is None or last.closed != span.stop:
+                    self.grade = self.grade & Grade.UNAUDITED
             if span.stop in only:
+                assert last is not None
                 yield Frame(asked.observers, span.stop, last.executed.after, None)
 
     def _blank(self, node: Node) -> Local:
         """Return values of the forms that a step has, for questions about no step at all."""
-        here = {}
+        here, counted = {}, (self.steps, self.grade)
         for name in planning.runs_of(node):
             walk = self._frames(name, np.asarray([0]), np.zeros(0, np.int64))
             with contextlib.closing(walk):
                 here[name] = next(walk)
+        self.steps, self.grade = counted  # the answer takes nothing from that step
         lags: dict[Node, Any] = {}
         local = Local(here, 0, self._known, lags)
         stack = [node]
@@ -1234,10 +1363,8 @@ class Execution:
 class Known:
     """What was collected, given out again step by step by the interface of `Local`."""
 
-    def __init__(self, node: Node, value: Value):
-        self._node, self._value = node, value
-        self._axis = value.dims.index(node.walked)
-        self._places = {step: i for i, step in enumerate(node.steps.tolist())}
+    def __init__(self, value: Callable[[Node], Value]):
+        self._value, self._blank = value, False
         self.step = 0
         self._ids: np.ndarray | None = None
 
@@ -1248,23 +1375,25 @@ class Known:
 
     def blank(self, ids: np.ndarray | None) -> "Known":
         """Stand at no step: the values are zero."""
-        self._ids, self._places = ids, {}
+        self._ids, self._blank = ids, True
         return self
 
     def value(self, node: Node) -> Value:
-        """Return the value of the node, or of a function of it."""
-        assert node == self._node or isinstance(node, Map), node
-        dims = tuple(dim for dim in self._value.dims if dim != self._node.walked)
-        place = self._places.get(self.step)
-        if place is None:
-            shape = lambda x: [n for i, n in enumerate(x.shape) if i != self._axis]  # noqa: E731
-            return Value(dims, [np.zeros(shape(x), x.dtype) for x in self._value.data])
-        return Value(dims, [np.take(x, place, self._axis) for x in self._value.data])
+        """Return the value of a node at the step, without the dimension that is walked."""
+        found = self._value(node)
+        if not node.walked:
+            return found
+        axis = found.dims.index(node.walked)
+        dims = tuple(dim for dim in found.dims if dim != node.walked)
+        if self._blank:
+            shape = lambda x: [n for i, n in enumerate(x.shape) if i != axis]  # noqa: E731
+            return Value(dims, [np.zeros(shape(x), x.dtype) for x in found.data])
+        place = int(np.searchsorted(node.steps, self.step))
+        return Value(dims, [np.take(x, place, axis) for x in found.data])
 
     def valid(self, node: Node) -> np.ndarray:
-        """Return where in the batch there is a sample."""
-        assert self._ids is not None
-        return self._ids >= 0
+        """Return where in the batch there is a sample that is chosen."""
+        return chosen(node, self.ids(node))
 
     def ids(self, node: Node) -> np.ndarray:
         """Return the batch."""

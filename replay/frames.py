@@ -122,7 +122,10 @@ class Frame:
         return self.ids >= 0
 
     def get(self, scan: Scan, part: Part | None, offset: int = 0) -> Any:
-        """Return a quantity: `[...]`, `[batch]`, `[n]` or `[batch, n]` with the weights flat."""
+        """Return a quantity: `[batch]`, `[weights]` or `[batch, weights]`.
+
+        Weights have the axes of their tensor, or one where some of them are chosen.
+        """
         key = (scan.quantity, scan.name, scan.source, part, offset)
         if key not in self._known:
             if scan.source:
@@ -320,16 +323,24 @@ class _Carried:
         return gradients_of(self.form, self.payload)
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def _choose(value, indices):
-    flat = jnp.asarray(value).reshape(-1)
-    return flat if indices is None else flat[np.asarray(indices, np.int32)]
+    if indices is not None:
+        return _taken(value, indices)
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+
+
+def _choose_rows(value, indices):
+    return value if indices is None else _taken_rows(value, indices)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _choose_rows(value, indices):
-    flat = value.reshape(len(value), -1)
-    return flat if indices is None else flat[:, np.asarray(indices, np.int32)]
+def _taken(value, indices):
+    return value.reshape(-1)[np.asarray(indices, np.int32)]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _taken_rows(value, indices):
+    return value.reshape(len(value), -1)[:, np.asarray(indices, np.int32)]
 
 
 @jax.jit
@@ -345,8 +356,6 @@ def _share(moved, carried, grad):
 
 @jax.jit
 def _residual(updates, carried, share, grad):
-    flat = (x.reshape(-1) for x in (carried, share, grad))
-    carried, share, grad = flat
     return updates - carried - share * grad
 
 
@@ -389,4 +398,4 @@ def _some(form, payload, shape, indices):
 
 @functools.partial(jax.jit, static_argnums=3)
 def _attributed(grads, share, weights, size):
-    return share[None] * (weights / size)[:, None] * grads
+    return share[None] * (weights / size).reshape(-1, *[1] * share.ndim) * grads

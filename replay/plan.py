@@ -61,17 +61,19 @@ class Span:
         return self.stop - self.start
 
 
-def push_at(node: Node, offset: int) -> Node:
+def push_at(node: Node, offset: int, where: Any) -> Node:
     """Look at states from a step, as far down as possible."""
     if isinstance(node, Scan):
-        return At(node, offset) if "state" in node.dims else node
-    return node.rebuilt(lambda child: push_at(child, offset))
+        return At(node, offset, where) if "state" in node.dims else node
+    if "state" not in node.dims:
+        return node
+    return node.rebuilt(lambda child: push_at(child, offset, where))
 
 
 def canonical(node: Node) -> Node:
     """Return the form of a plan that is executed, the same for equal questions."""
     if isinstance(node, At):
-        pushed = push_at(node.child, node.offset)
+        pushed = push_at(node.child, node.offset, node.where)
         return pushed if isinstance(pushed, At) else canonical(pushed)
     node = node.rebuilt(canonical)
     if isinstance(node, Take) and isinstance(node.anchor, Node):
@@ -168,12 +170,34 @@ def spans(checkpoints: Sequence[int], steps: np.ndarray, states: np.ndarray) -> 
 def roots(node: Node) -> list[Node]:
     """Return what is computed along a replay, from which the rest follows afterwards."""
     if isinstance(node, Take):
-        anchor = roots(node.anchor) if isinstance(node.anchor, Node) else []
-        return [*anchor, *([node.child] if replayed(node.child) else [])]
+        return [node.child] if replayed(node.child) else []
     if is_root(node):
         inner = [root for constant in constants(node) for root in roots(constant)]
         return [*inner, node] if replayed(node) else inner
     return [root for child in node.children for root in roots(child)]
+
+
+def takes(node: Node) -> list[Take]:
+    """Return what is taken below a node, by the steps that it stands before or after."""
+    found = [take for child in node.children for take in takes(child)]
+    return [node, *found] if isinstance(node, Take) else found
+
+
+def waits(node: Node) -> bool:
+    """Whether fewer steps may be replayed than are chosen, as only some of them are taken."""
+    return bool(takes(node))
+
+
+def turns(questions: Sequence[Node]) -> list[list[Node]]:
+    """Return questions after those that find their anchors."""
+    waiting = [take.anchor for question in questions for take in takes(question)]
+    anchors = list(dict.fromkeys(anchor for anchor in waiting if isinstance(anchor, Node)))
+    return [*turns(anchors), list(questions)] if anchors else [list(questions)]
+
+
+def replays(questions: Sequence[Node]) -> list[Node]:
+    """Return the roots of questions and of their anchors."""
+    return [root for turn in turns(questions) for node in turn for root in roots(node)]
 
 
 def is_root(node: Node) -> bool:
@@ -253,47 +277,55 @@ def explain(
     for number, question in enumerate(questions):
         lines.append(f"question {number + 1}" if len(questions) > 1 else "question")
         lines += question.lines("  ")
-    wanted = [root for question in questions for root in roots(question)]
-    if not wanted:
+    if not any(map(replayed, replays(questions))):
         return "\n".join([*lines, "answered from the log: nothing is replayed"])
-    total = 0.0
-    for name in sorted({run for root in wanted for run in runs_of(root)}):
-        catalogue = catalogues[name]
-        mine = [root for root in wanted if name in runs_of(root)]
-        staged = stages(mine)
-        for stage in staged:
-            passed, reached = union(stage)
-            walk = spans(catalogue.checkpoints, passed, reached)
-            steps = sum(span.steps for span in walk)
-            bound = "up to " if all(map(stops_early, stage)) else ""
-            segments = max(len(catalogue.checkpoints) - 1, 1)
-            used = sum(
-                1
-                for a, b in zip(
-                    catalogue.checkpoints,
-                    [*catalogue.checkpoints[1:], catalogue.steps],
-                    strict=True,
-                )
-                if any(span.start < b and span.stop > a for span in walk)
-            )
-            ratio, known = rate(stage, name)
-            seconds = steps * catalogue.seconds * ratio
-            total += seconds
-            where = ", ".join(f"{span.start} to {span.stop}" for span in walk[:4])
-            more = f", and {len(walk) - 4} more" if len(walk) > 4 else ""
-            lines.append(
-                f"replay {bound}{steps:,} steps of {name} (states {where}{more}): "
-                f"{used} of {segments} segments"
-            )
-            how = "measured" if known else "estimated"
-            lines.append(f"  about {seconds:.2g} s: {ratio:.2g} times their training ({how})")
-            scans = {scan.quantity for root in stage for scan in root.scans()}
-            if scans & {"sample_grads", "sample_updates", "condition"}:
-                paths = [part.path for root in stage for part in tensors_of(root)]
-                for path in dict.fromkeys(paths):
-                    lines.append(f"  {path:<40} {catalogue.ways.get(path, 'scan')}")
+    total, known_roots = 0.0, set()
+    for turn in turns(questions):
+        wanted = [root for question in turn for root in roots(question)]
+        wanted = [root for root in wanted if root not in known_roots]
+        known_roots |= set(wanted)
+        taken = {root for question in turn if waits(question) for root in roots(question)}
+        for stage in stages(wanted):
+            together: dict[tuple[str, ...], list[Node]] = {}
+            for root in stage:
+                together.setdefault(runs_of(root), []).append(root)
+            for names, mine in together.items():
+                bound = "up to " if all(map(stops_early, mine)) or taken & set(mine) else ""
+                for name in names:
+                    told, seconds = _replay(mine, catalogues[name], bound, rate)
+                    lines, total = [*lines, *told], total + seconds
     lines.append(f"memory limit {memory / 2**20:,.0f} MiB; about {total:.2g} s in all")
     return "\n".join(lines)
+
+
+def _replay(
+    stage: Sequence[Node], catalogue: Catalogue, bound: str, rate: Any
+) -> tuple[list[str], float]:
+    """Tell what the replay of one run for some roots takes, and its seconds."""
+    passed, reached = union(stage)
+    walk = spans(catalogue.checkpoints, passed, reached)
+    steps = sum(span.steps for span in walk)
+    segments = max(len(catalogue.checkpoints) - 1, 1)
+    ends = [*catalogue.checkpoints[1:], catalogue.steps]
+    used = sum(
+        any(span.start < b and span.stop > a for span in walk)
+        for a, b in zip(catalogue.checkpoints, ends, strict=True)
+    )
+    ratio, known = rate(stage, catalogue.name)
+    seconds = steps * catalogue.seconds * ratio
+    where = ", ".join(f"{span.start} to {span.stop}" for span in walk[:4]) or "none"
+    more = f", and {len(walk) - 4} more" if len(walk) > 4 else ""
+    how = "measured" if known else "estimated"
+    lines = [
+        f"replay {bound}{steps:,} steps of {catalogue.name} (states {where}{more}): "
+        f"{used} of {segments} segments",
+        f"  about {seconds:.2g} s: {ratio:.2g} times their training ({how})",
+    ]
+    scans = {scan.quantity for root in stage for scan in root.scans()}
+    if scans & {"sample_grads", "sample_updates", "condition"}:
+        paths = dict.fromkeys(part.path for root in stage for part in tensors_of(root))
+        lines += [f"  {path:<40} {catalogue.ways.get(path, 'scan')}" for path in paths]
+    return lines, seconds
 
 
 def union(stage: Sequence[Node]) -> tuple[np.ndarray, np.ndarray]:

@@ -45,8 +45,8 @@ class Result(xr.Dataset):
         first = next(iter(parts.values()))
         variables: dict[str, Any] = {}
         for name, part in parts.items():
-            if list(part.data_vars) == ["value"]:
-                variables[name] = part["value"].variable
+            if len(part.data_vars) == 1:
+                variables[name] = next(iter(part.data_vars.values())).variable
             else:
                 variables |= {f"{name}/{key}": v.variable for key, v in part.data_vars.items()}
         drop = [name for name in parts if name in first.coords]
@@ -96,7 +96,12 @@ class Result(xr.Dataset):
     def df(self) -> Any:
         """Return a long table of pandas: a row for each entry; tensors one below the other."""
         names = [str(name) for name in self.data_vars]
-        tensors = [name for name in names if "tensor" in self[name].attrs]
+        tensors = [
+            name
+            for name in names
+            if any(str(dim).startswith(f"{self[name].attrs.get('tensor')}:")
+                   for dim in self[name].dims)
+        ]  # fmt: skip
         if not tensors:
             return self.to_dataframe().reset_index() if self.sizes else pd.DataFrame([
                 {name: self[name].values.item() for name in names}
@@ -197,7 +202,7 @@ def _of_part(part: Part, dims: Sequence[str], shape: Sequence[int]) -> Any:
             return dims[:-1], lambda x: x[..., 0], marks
         return [*dims[:-1], f"{part.path}:weight"], lambda x: x, marks
     own = [f"{part.path}:{axis}" for axis in range(len(part.shape))]
-    return [*dims[:-1], *own], lambda x: x.reshape(*x.shape[:-1], *part.shape), marks
+    return [*dims[:-1], *own], lambda x: x.reshape((*x.shape[:-1], *part.shape)), marks
 
 
 def _ranking(node: Node) -> Reduce | None:
@@ -236,12 +241,12 @@ def _places(node: Reduce, value: Any, i: int, batch: int, samples_at: Any) -> di
         found["tensor"] = np.where(nobody, "", np.asarray(paths, object)[which]).astype(str)
         found["weight"] = within
     if "group" in found:
-        by = next(n.by for n in _below(node.child) if isinstance(n, Reduce) and n.by is not None)
-        names = np.asarray(by.names)
+        groups = (n.by for n in _below(node.child) if isinstance(n, Reduce) and n.by is not None)
+        names = np.asarray(next(by for by in groups if by.kind == "labels").names)
         found["group"] = np.where(nobody, -1, names[np.maximum(found["group"], 0)]) if (
             names.dtype.kind in "iu") else np.where(nobody, "", names[found["group"]])  # fmt: skip
-    if walked == "step" and walked in found and "position" in found:
-        at = np.where(nobody, -1, found["step"].astype(np.int64) * batch + found["position"])
+    if walked == "step" and "position" in found:
+        at = np.where(nobody, -1, np.asarray(steps, np.int64) * batch + found["position"])
         found["sample"] = samples_at(at)
     return found
 

@@ -1,8 +1,11 @@
+import base64
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import pickle
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,11 +20,12 @@ import optax
 import pytest
 
 import replay
-from replay import cli, demo
+from replay import cli, demo, questions
 from replay.log import Log
 from replay.store import Place
 
-COMMANDS = ("demo", "ls", "show", "verify", "state", "plot", "thin")
+COMMANDS = ("demo", "ls", "show", "verify", "state", "plot", "ask", "thin")
+ASKED = ("samples", "weights", "explosion", "zero", "compare")
 
 
 def loss(params, example, key):
@@ -29,14 +33,19 @@ def loss(params, example, key):
     return (near * jnp.sum(params["w"] * example) - 1.0) ** 2
 
 
+def plain_loss(params, example, key):
+    return (jax.random.normal(key) * 0.1 + jnp.sum(params["w"] * example) - 1.0) ** 2
+
+
+PLAIN = {"w": np.ones(3, np.float32)}
 INITIAL = {"w": np.ones(3, np.float32), "scale": np.asarray(1, ml_dtypes.bfloat16)}
 SAMPLES = np.linspace(0.1, 1.0, 24, dtype=np.float32).reshape(8, 3)
 
 
-def record(path, *, name="tiny", initial=INITIAL, function=loss, epochs=33, **options):
+def record(path, *, name="tiny", initial=INITIAL, function=loss, epochs=33, order=None, **options):
     """Record four steps an epoch; the test of the test is elsewhere."""
     program = replay.Program(initial, function, optax.sgd(0.01, momentum=0.9), name=name)
-    order = replay.Order.shuffled(2, epochs, seed=0)
+    order = replay.Order.shuffled(2, epochs, seed=0) if order is None else order
     options = {"key": jax.random.key(0), "checkpoints": 50, "self_test": False} | options
     replay.record(path, program, SAMPLES, order, **options)
 
@@ -60,6 +69,20 @@ def workplace(tmp_path, monkeypatch):
 def run(recorded) -> str:
     """`runs/digits`, a run of one's own below the working directory."""
     shutil.copytree(recorded, "runs/digits")
+    return "runs/digits"
+
+
+@pytest.fixture(scope="session")
+def plainly_recorded(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("recorded") / "digits"
+    record(path, initial=PLAIN, function=plain_loss)
+    return path
+
+
+@pytest.fixture
+def plain(plainly_recorded) -> str:
+    """`runs/digits` of float32 weights in one tensor."""
+    shutil.copytree(plainly_recorded, "runs/digits")
     return "runs/digits"
 
 
@@ -120,12 +143,15 @@ def test_the_help_lists_every_command_with_an_example(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_example_in_the_help_of_a_command_works_as_it_stands(command, run, capsys, monkeypatch):
+def test_the_example_in_the_help_of_a_command_works_as_it_stands(
+    command, plain, capsys, monkeypatch
+):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    (example,) = [line for line in lines if line.startswith("Example: ")]
+    example, *of_questions = [line for line in lines if line.startswith("Example: ")]
+    assert len(of_questions) == (len(ASKED) if command == "ask" else 0)
     replay_, *words = shlex.split(example.removeprefix("Example: "))
     assert (replay_, words[0]) == ("replay", command)
 
@@ -134,6 +160,28 @@ def test_the_example_in_the_help_of_a_command_works_as_it_stands(command, run, c
     code, printed, errors = ask(capsys, *words)
     assert (code, errors) == (0, "")
     assert printed
+
+
+@pytest.mark.parametrize("question", ASKED)
+def test_the_example_in_the_help_of_a_question_works_as_it_stands(question, plain, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ask", plain, question, "--help"])
+    assert ended.value.code == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    (example,) = [line for line in lines if line.startswith("Example: ")]
+    words = shlex.split(example.removeprefix("Example: replay "))
+    assert words[:3] == ["ask", "runs/digits", question]
+    code, printed, errors = ask(capsys, *words)
+    assert (code, errors) == (0, "")
+    assert (
+        printed.splitlines()[-1].partition(": ")[2].partition(" ")[2].startswith("steps replayed")
+    )
+
+
+def test_the_help_of_ask_lists_every_question(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["ask", "--help"])
+    assert f"{{{','.join(ASKED)}}}" in capsys.readouterr().out
 
 
 def test_an_error_is_printed_in_its_three_parts(capsys):
@@ -167,6 +215,15 @@ def test_a_word_that_is_not_known_ends_with_2(capsys):
         (["plot", "runs/digits", "--out", "loss.doc"], "loss.doc does not end in a known format"),
         (["plot", "runs/digits", "--out", "runs"], "runs exists"),
         (["thin", "runs/digits", "--keep", "1"], "1 states are to be kept"),
+        (["ask", "nowhere", "weights"], "nowhere is not a run"),
+        (["ask", "runs/digits", "weights", "--plot", "x.doc"], "x.doc does not end in a known"),
+        (["ask", "runs/digits", "weights", "--plot", "no/x.png"], "no is not a directory that"),
+        (["ask", "runs/digits", "weights", "--top", "0"], "top is 0"),
+        (["ask", "runs/digits", "samples", "--epoch", "33"], "there is no epoch 33"),
+        (["ask", "runs/digits", "samples", "--by-class"], "the data has no leaf 'label' that"),
+        (["ask", "runs/digits", "zero", "--weight", "w"], "w is not one weight"),
+        (["ask", "runs/digits", "compare", "nowhere"], "nowhere is not a run"),
+        (["ask", "runs/digits", "explosion", "--share", "2"], "more than a share of 2.0 of all"),
     ],
 )
 def test_what_cannot_be_answered_ends_with_2_and_writes_nothing(words, error, run, capsys):
@@ -491,6 +548,81 @@ def test_plot_writes_the_format_that_the_file_name_asks_for(run, capsys):
     assert "<svg" in pathlib.Path("loss.svg").read_text()
 
 
+# ------------------------------------------------------------------------------------------ ask
+
+
+def table(printed: str) -> list[list[str]]:
+    """Return the cells of the first table, its head first."""
+    lines = [line.strip() for line in printed.splitlines()]
+    rule = next(i for i, line in enumerate(lines) if set(line) == {"\u2500"})
+    rows = itertools.takewhile(bool, lines[rule + 1 :])
+    return [re.split(r"\s{2,}", line) for line in (lines[rule - 1], *rows)]
+
+
+def test_ask_prints_a_table_and_the_grade_of_the_answer(plain, capsys):
+    code, printed, errors = ask(capsys, "ask", plain, "weights", "--top", 3)
+    assert (code, errors) == (0, "")
+    head, *rows = table(printed)
+    assert head == ["rank", "weight", "path", "net change"]
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    paths = abs(replay.open(plain).updates).sum("step").compute()
+    assert rows[0][2] == f"{float(paths['w'].max()):.4g}"
+    assert (
+        printed.splitlines()[-1] == "BITWISE: 132 steps replayed; every bit that was logged agrees"
+    )
+
+
+def test_ask_names_the_last_samples_before_an_explosion(plain, capsys):
+    opened = replay.open(plain)
+    norms = [max(np.abs(step.grads["w"]).max(), 0) for step in opened.trajectory(0, 20)]
+    threshold = float(np.sort(norms)[-4])
+    words = ("ask", plain, "explosion", "--threshold", threshold, "--share", 0, "--last", 4)
+    _, *rows = table(ask(capsys, *words)[1])
+    boom = int(rows[-1][0]) + 1
+    assert [int(row[2]) for row in rows] == opened.ids(boom - 2, boom).reshape(-1).tolist()
+
+
+def test_ask_says_that_it_never_happens_and_that_is_no_error(plain, capsys):
+    code, printed, errors = ask(capsys, "ask", plain, "explosion")
+    assert (code, errors) == (0, "")
+    assert printed.startswith(
+        "at no step do more than 10% of |gradients| exceed 1024: at most 0.00%"
+    )
+
+
+def test_ask_explains_what_an_answer_would_take_and_replays_nothing(plain, capsys):
+    shutil.rmtree(f"{plain}/states")  # without them, nothing could be
+    for words in (["weights"], ["samples"], ["zero", "--weight", "w[0]"], ["compare", plain]):
+        code, printed, errors = ask(capsys, "ask", plain, *words, "--explain")
+        assert (code, errors) == (0, "")
+        assert "replay " in printed and "memory limit" in printed
+
+
+def test_ask_draws_the_answer_too(plain, capsys):
+    code, printed, _ = ask(capsys, "ask", plain, "weights", "--plot", "answer.png")
+    assert code == 0
+    assert printed.splitlines()[-1] == "the picture is in answer.png"
+    assert pathlib.Path("answer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ask_compares_a_run_with_another_in_another_order(plain, capsys):
+    record("other", initial=PLAIN, function=plain_loss, order=replay.Order.shuffled(2, 3, seed=5))
+    code, printed, errors = ask(capsys, "ask", plain, "compare", "other", "--step", 12)
+    assert (code, errors) == (0, "")
+    assert printed.startswith("weights of a = runs/digits and b = other after 12 steps\n")
+    a, b = (replay.open(path).state(12).params["w"] for path in (plain, "other"))
+    (w,) = [line for line in table(printed) if line[0] == "w"]
+    assert float(w[1]) == pytest.approx(np.linalg.norm(a - b), rel=1e-3)
+
+
+def test_ask_is_given_the_data_that_a_run_does_not_hold(capsys):
+    record("outside", initial=PLAIN, function=plain_loss, embed=False, epochs=3)
+    np.save("samples.npy", SAMPLES)
+    code, printed, _ = ask(capsys, "ask", "outside", "samples", "--data", "samples.npy")
+    assert code == 0
+    assert "sum |share|" in printed
+
+
 def test_thin_leaves_every_answer_as_it_was(run, capsys):
     before = {step: bits(run, step) for step in (0, 60, 100, 132)}
     code, printed, _ = ask(capsys, "thin", run, "--keep", 2)
@@ -515,6 +647,9 @@ SHOWN = "[red]x\\x1b[31m\\n:smile:\\u202e\\x07"
         ["verify", HOSTILE],
         ["state", HOSTILE, "3", "--out", "state.npz"],
         ["plot", HOSTILE, "--out", f"{HOSTILE}.png"],
+        ["ask", HOSTILE, "weights"],
+        ["ask", HOSTILE, "zero", "--weight", f"{HOSTILE}[0]"],
+        ["ask", HOSTILE, "weights", "--explain"],
         ["state", HOSTILE, "9", "--out", "state.npz"],
         ["show", f"{HOSTILE}2"],
     ],
@@ -525,7 +660,8 @@ def test_names_neither_colour_nor_move_what_is_printed(words, capsys, monkeypatc
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
     _, printed, errors = ask(capsys, *words)
-    assert SHOWN.replace("\\n", "\n  " if words[0] == "verify" else "\\n") in printed + errors
+    lines = words[0] == "verify" or "--explain" in words  # of which no name can be the first
+    assert SHOWN.replace("\\n", "\n  " if lines else "\\n") in printed + errors
     for hostile in ("\x1b[31mx", "x\x1b[31m", "\u202e", "\x07", "\U0001f604"):
         assert hostile not in printed + errors
 
@@ -559,7 +695,9 @@ def what_it_can_import(run):
 
 def test_questions_are_asked_in_an_empty_directory_without_the_code(run, monkeypatch):
     monkeypatch.setattr(demo, "QUESTIONS", (what_it_can_import,))
-    assert demo.ask_elsewhere(pathlib.Path(run)) == {
+    rows, sections = demo.ask_elsewhere(pathlib.Path(run))
+    assert sections == []
+    assert rows == {
         "run": "132 steps",
         "directory": "0 files",
         "replay.demo": "no",
@@ -583,18 +721,39 @@ def test_a_question_that_fails_is_an_error(run, monkeypatch):
 def test_the_demo_exits_with_0_only_if_its_run_is_bitwise(
     grade, code, recorded, capsys, monkeypatch
 ):
-    def record_digits(path, epochs):
+    def record_digits(path, epochs, **_):
         shutil.copytree(recorded, path)
         return {"weights": "4"}
 
     monkeypatch.setattr(demo, "record_digits", record_digits)
-    monkeypatch.setattr(demo, "ask_elsewhere", lambda path: {"grade": grade})
+    monkeypatch.setattr(demo, "ask_elsewhere", lambda path, other: ({"grade": grade}, []))
     for name in ("digits", "digits-2", "digits-3"):
         found, printed, _ = ask(capsys, "demo")
         assert found == code
         assert printed.splitlines()[0] == f"recording runs/{name}"
-        assert row(printed, "picture of the losses") == f"runs/{name}-loss.png"
-        assert pathlib.Path(f"runs/{name}-loss.png").exists()
+        assert row(printed, "pictures of the answers") == f"runs/{name}.html"
+        assert pathlib.Path(f"runs/{name}.html").exists()
+
+
+def pushed(run, other):
+    """Which weights of <b>x</b>?"""
+    return questions.weights(run, top=2)
+
+
+def test_the_page_holds_the_pictures_and_the_tables_of_its_questions(plain, monkeypatch):
+    monkeypatch.setattr(demo, "QUESTIONS", ())
+    monkeypatch.setattr(demo, "PICTURES", (pushed,))
+    rows, shown = demo.ask_elsewhere(pathlib.Path(plain), pathlib.Path(plain))
+    assert [each["title"] for each in shown] == ["The training", "Which weights of <b>x</b>?"]
+    page = demo.page_of("a <title>", {"grade": "<script>"}, shown)
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert [base64.b64decode(x)[:4] for x in found] == [b"\x89PNG"] * 2
+    assert "src=" not in re.sub(r'src="data:[^"]+"', "", page) and "href" not in page
+    assert "<script" not in page and "<b>x" not in page
+    assert "Which weights of &lt;b&gt;x&lt;/b&gt;?" in page and "a &lt;title&gt;" in page
+    path = os.path.abspath(plain)
+    assert f"replay ask {path} weights --top 2 --tensor &#x27;*&#x27;" in page
+    assert "<th>net change</th>" in page
 
 
 def test_without_its_extra_the_demo_names_it_and_records_nothing(capsys, monkeypatch):
@@ -618,5 +777,7 @@ def test_the_whole_demo_learns_the_digits_and_is_bitwise(tmp_path):
     assert row(done.stdout, "steps") == "440 of 64 samples"
     assert float(row(done.stdout, "test accuracy")) > 0.95
     assert "never stored" in row(done.stdout, "norm of the weights at step 123")
-    assert (tmp_path / "runs" / "digits-loss.png").stat().st_size > 10_000
-    assert sorted(os.listdir(tmp_path / "runs")) == ["digits", "digits-loss.png"]
+    names = ["digits", "digits-reordered", "digits.html"]
+    assert sorted(os.listdir(tmp_path / "runs")) == names
+    page = (tmp_path / "runs" / "digits.html").read_text()
+    assert page.count("data:image/png;base64,") == 6 and page.count("<h2>") == 6

@@ -18,10 +18,10 @@ LAYERS = (
     ("log", "grads", "query", "cache"),
     ("trajectory", "plan", "writer", "progress"),
     ("worker", "selftest", "recording", "recorder", "replaying", "sample_gradients"),
-    ("frames", "results"),
+    ("frames", "results", "grouped"),
     ("execute", "fork"),
     ("asking", "quantities"),
-    ("api", "report"),
+    ("api", "questions", "report"),
     ("cli", "demo"),
     ("__main__",),
 )
@@ -40,6 +40,8 @@ WITHIN_A_LAYER = {
     ("recording", "selftest"): "the proof runs beside the first steps of a recording",
     ("recorder", "recording"): "a recorder ends by handing over a recording",
     ("recorder", "selftest"): "what is compiled for a recording is compiled for its proof",
+    ("questions", "api"): "a ready-made question asks a run",
+    ("report", "questions"): "a picture shows the answer of a ready-made question",
     ("report", "api"): "a picture is drawn of a run, and no run draws itself",
     ("cli", "demo"): "`replay demo` is one of the commands",
 }

@@ -50,6 +50,13 @@ def test_a_recorded_run_is_asked_about_the_samples_it_has_seen(tmp_path):
     assert float(grade.split()[1]) < 1e-5
 
 
+def test_the_five_questions_are_answered(tmp_path):
+    printed = run(PROGRAMS[0] + PROGRAMS[7], tmp_path)
+    assert re.search(r"replay up to \d+ steps of runs/softmax", printed)
+    assert "'occurrence': 64" in printed
+    assert len(re.findall(r"^\d +\d +\d\.\d+ +\d+ +w$", printed, flags=re.MULTILINE)) == 5
+
+
 @pytest.mark.parametrize("number", [1, 2, 3], ids=["linen", "grain", "hugging face"])
 def test_the_programs_for_real_libraries_run(number, tmp_path):
     printed = run(PROGRAMS[number], tmp_path)

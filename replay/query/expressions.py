@@ -19,6 +19,7 @@ from replay.errors import QueryError
 from replay.query.clusters import cluster
 from replay.query.nodes import (
     RAGGED,
+    Among,
     At,
     Group,
     Lag,
@@ -47,7 +48,7 @@ FUNCTIONS = frozenset(
 class Source(Protocol):
     """What an expression asks: the runs that its scans name."""
 
-    def labels(self, by: Any) -> Group:
+    def labels(self, by: Any, others: int) -> Group:
         """Return the groups of a dimension's name, of labels, or raise."""
         ...
 
@@ -72,6 +73,13 @@ class Source(Protocol):
     def explain(self) -> Callable[..., str]:
         """Tells what answers take."""
         ...
+
+
+def _operator(name: str, *, swapped: bool = False) -> Callable[["Expression", Any], "Expression"]:
+    def apply(self: "Expression", other: Any) -> "Expression":
+        return self._map(name, *((other, self) if swapped else (self, other)))
+
+    return apply
 
 
 class Expression:
@@ -145,7 +153,15 @@ class Expression:
             found = found._of_samples(sample)
         for dim, index in entries.items():
             found._has(dim, dim)
-            found = Expression(Pick(found.plan, dim, int(index)), self.source)
+            count = _entries(found.plan, dim, self.source)
+            if count is not None and not -count <= index < count:
+                raise QueryError(
+                    f"there is no {dim} {index}",
+                    why=f"there are {count}: 0 to {count - 1}",
+                    fix="choose among them",
+                )
+            place = int(index) if count is None else int(index) % count
+            found = Expression(Pick(found.plan, dim, place), self.source)
         return found
 
     def __getitem__(self, key: Any) -> "Expression":
@@ -227,6 +243,32 @@ class Expression:
             fix="combine conditions by & | ~, or ask for (...).any().compute()",
         )
 
+    __add__ = _operator("add")
+    __radd__ = _operator("add", swapped=True)
+    __sub__ = _operator("subtract")
+    __rsub__ = _operator("subtract", swapped=True)
+    __mul__ = _operator("multiply")
+    __rmul__ = _operator("multiply", swapped=True)
+    __truediv__ = _operator("divide")
+    __rtruediv__ = _operator("divide", swapped=True)
+    __mod__ = _operator("remainder")
+    __rmod__ = _operator("remainder", swapped=True)
+    __floordiv__ = _operator("floor_divide")
+    __rfloordiv__ = _operator("floor_divide", swapped=True)
+    __pow__ = _operator("power")
+    __rpow__ = _operator("power", swapped=True)
+    __and__ = _operator("logical_and")
+    __rand__ = _operator("logical_and", swapped=True)
+    __or__ = _operator("logical_or")
+    __ror__ = _operator("logical_or", swapped=True)
+    __xor__ = _operator("logical_xor")
+    __rxor__ = _operator("logical_xor", swapped=True)
+    __lt__ = _operator("less")
+    __le__ = _operator("less_equal")
+    __gt__ = _operator("greater")
+    __ge__ = _operator("greater_equal")
+    __eq__ = _operator("equal")  # type: ignore[assignment]
+    __ne__ = _operator("not_equal")  # type: ignore[assignment]
     __hash__ = object.__hash__
 
     def diff(self, dim: str) -> "Expression":
@@ -349,7 +391,8 @@ class Expression:
             by: `tensor`, `unit` (the last axis of each tensor), `epoch`, `sample`, or labels: one
                 for each sample of the data set, in its order.
         """
-        return GroupBy(self, self.source.labels(by))
+        others = next((scan.samples for scan in self.plan.scans() if scan.source), 0)
+        return GroupBy(self, self.source.labels(by, others))
 
     def by(self, name: str) -> "Expression":
         """Add up by `tensor`, `unit`, `epoch` or `sample`."""
@@ -478,6 +521,8 @@ class Expression:
             )
         source = self.source
         if isinstance(anchor, Expression):
+            if anchor.dims == ("weight",) and sum(part.size for part in anchor.plan.parts) == 1:
+                anchor = anchor.max("weight")  # of the one weight that is chosen
             if anchor.dims:
                 raise QueryError(
                     f"the anchor has dimensions {', '.join(anchor.dims)}",
@@ -492,15 +537,9 @@ class Expression:
 
     def _of_samples(self, wanted: Any) -> "Expression":
         wanted = [wanted] if isinstance(wanted, numbers.Integral) else list(wanted)
-        scan = next(self.plan.scans())
         self._has("position", "sample")
-        ids: Expression = self._wrap(
-            dataclasses.replace(scan, quantity="samples", tensors=(), name="")
-        )
-        among = ids == wanted[0]
-        for sample in wanted[1:]:
-            among = among | (ids == sample)
-        return self._map("where", among, self, math.nan)
+        self._has("step", "sample")
+        return self._wrap(Among(self.plan, tuple(sorted({int(sample) for sample in wanted}))))
 
     def _has(self, dim: str, what: str) -> None:
         if dim not in self.dims:
@@ -514,27 +553,6 @@ class Expression:
         )
 
 
-def _operator(name: str, *, swapped: bool = False) -> Callable[[Any, Any], Expression]:
-    def apply(self: Expression, other: Any) -> Expression:
-        return self._map(name, *((other, self) if swapped else (self, other)))
-
-    return apply
-
-
-for _name, _function in {
-    "add": "add", "sub": "subtract", "mul": "multiply", "truediv": "divide", "mod": "remainder",
-    "floordiv": "floor_divide", "pow": "power", "and": "logical_and", "or": "logical_or",
-    "xor": "logical_xor",
-}.items():  # fmt: skip
-    setattr(Expression, f"__{_name}__", _operator(_function))
-    setattr(Expression, f"__r{_name}__", _operator(_function, swapped=True))
-for _name, _function in {
-    "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal",
-    "ne": "not_equal",
-}.items():  # fmt: skip
-    setattr(Expression, f"__{_name}__", _operator(_function))
-
-
 class GroupBy:
     """Groups that the next reduction keeps apart."""
 
@@ -545,36 +563,36 @@ class GroupBy:
                 why=f"they part {' or '.join(group.over)}",
                 fix="group something that has that dimension",
             )
+        own = {"position", "step"} & set(expression.dims)
+        if group.kind in ("labels", "sample") and own == {"position"}:
+            raise QueryError(
+                f"groups by {group} are told apart after their steps were reduced",
+                why="a position holds another sample at each step",
+                fix="group first, and reduce steps with it or later",
+            )
         self._expression, self._group = expression, group
 
     def __getattr__(self, name: str) -> Callable[..., Expression]:
-        known = "sum mean count var std min max any all norm top_k hist quantile".split()
+        known = "sum mean count var std min max any all norm first last top_k hist quantile".split()
         if name not in known:
             raise AttributeError(f"groups have {', '.join(known)}, not {name!r}")
-
-        def reduce(*arguments: Any, dim: Any = None, **settings: Any) -> Expression:
-            own = {"top_k": "k", "hist": "edges", "quantile": "q"}.get(name)
-            if own is not None and arguments:
-                settings[own], *arguments = arguments  # type: ignore[assignment]
-            if arguments:
-                (dim,) = arguments
-            if name == "quantile":
-                q = settings["q"]
-                settings["q"] = (float(q),) if isinstance(q, numbers.Real) else tuple(q)
-            if name == "hist":
-                settings["edges"] = tuple(map(float, settings["edges"]))
-            if name == "top_k":
-                settings.setdefault("smallest", False)
-            if name in ("var", "std"):
-                settings.setdefault("ddof", 0)
-            how = "var" if name == "std" else name
-            found = self._expression._reduce(how, dim, self._group, **settings)
-            return np.sqrt(found) if name == "std" else found  # type: ignore[return-value]
-
-        return reduce
+        return getattr(_Grouped(self._expression, self._group), name)
 
     def __repr__(self) -> str:
         return f"groups by {self._group} of {self._expression!r}"
+
+
+class _Grouped(Expression):
+    """An expression whose next reduction keeps groups apart."""
+
+    def __init__(self, expression: Expression, group: Group):
+        super().__init__(expression.plan, expression.source)
+        self._group = group
+
+    def _reduce(self, how: str, dim: Any, by: Group | None = None, **settings: Any) -> Expression:
+        if how in ("first", "last") and isinstance(dim, str):
+            dim = (dim, *(set(self._group.over) & set(self.dims) - {dim}))
+        return super()._reduce(how, dim, self._group, **settings)
 
 
 class Joined:
@@ -596,8 +614,8 @@ class Joined:
                 raise QueryError(
                     f"{name} has no steps", why="it is looked up by them", fix="join such as has"
                 )
-            plan = dataclasses.replace(taken, child=other.plan)
-            self.parts[name] = Expression(plan, other.source)
+            plan = dataclasses.replace(taken, child=other.plan, of=taken.child)
+            self.parts[name] = Expression(plan, _joint(self.parts["sample"].source, other.source))
 
     def compute(self, **options: Any) -> Any:
         """Replay what is needed and return a `Result` with a variable for each part."""
@@ -644,6 +662,23 @@ def _positions(chosen: Any, known: np.ndarray, dim: str) -> np.ndarray:
             fix=f"choose among them, or by a slice: sel({dim}=slice(a, b))",
         )
     return np.unique(wanted)
+
+
+def _entries(node: Node, dim: str, source: Source) -> int | None:
+    """Return how many entries a dimension has, where the plan tells."""
+    if dim == "position":
+        return source.batches()
+    if isinstance(node, Reduce):
+        added = {"top_k": "rank", "hist": "bin", "quantile": "quantile"}.get(node.how)
+        if dim == added:
+            options = node.options
+            return {"rank": options.get("k"), "bin": len(options.get("edges", ())) + 1}.get(
+                dim, len(options.get("q", ()))
+            )
+        if node.by is not None and node.by.dim == dim and node.by.kind in ("labels", "sample"):
+            return node.by.count
+    found = (_entries(child, dim, source) for child in node.children if dim in child.dims)
+    return next(found, None)
 
 
 def _tensors(parts: tuple[Part, ...], wanted: Any) -> tuple[Part, ...]:

@@ -191,9 +191,7 @@ class Scan(Node):
     @functools.cached_property
     def steps(self) -> np.ndarray:
         """The steps, or states, that are chosen."""
-        if len(self.where) == 1:
-            return np.asarray(self.where[0], np.int64)
-        return np.arange(*self.where)
+        return _steps(self.where)
 
     @functools.cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -228,6 +226,12 @@ class Map(Node):
 
     function: str
     arguments: tuple[Any, ...]
+    constants: str = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self):
+        # 1 == 1.0 == True and 0.0 == -0.0, but they are other questions.
+        constants = [repr(x) for x in self.arguments if not isinstance(x, Node)]
+        object.__setattr__(self, "constants", " ".join(constants))
 
     @property
     def children(self) -> tuple[Node, ...]:
@@ -246,8 +250,7 @@ class Map(Node):
         )
 
     def __str__(self) -> str:
-        constants = [repr(x) for x in self.arguments if not isinstance(x, Node)]
-        return f"map {self.function}" + (f" with {', '.join(constants)}" if constants else "")
+        return f"map {self.function}" + (f" with {self.constants}" if self.constants else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,9 +274,15 @@ class _Unary(Node):
 
 @dataclasses.dataclass(frozen=True)
 class At(_Unary):
-    """States seen from a step: the one before it (`offset` 0) or after it (1)."""
+    """States seen from a step: the one before it (`offset` 0) or after it (1).
+
+    Attributes:
+        offset: which of them.
+        where: the steps, as in a scan; None for all that lie between chosen states.
+    """
 
     offset: int
+    where: Any = None
 
     @functools.cached_property
     def dims(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -285,7 +294,7 @@ class At(_Unary):
         """Those whose state is there."""
         states = self.child.steps
         both = np.intersect1d(states, states - 1, assume_unique=True)
-        return both  # the last state has no step
+        return both if self.where is None else np.intersect1d(both, _steps(self.where))
 
     def __str__(self) -> str:
         return f"state {'after' if self.offset else 'before'} the step"
@@ -302,6 +311,17 @@ class Lag(_Unary):
 
     def __str__(self) -> str:
         return "the step before"
+
+
+@dataclasses.dataclass(frozen=True)
+class Among(_Unary):
+    """Only the occurrences of some samples: others are NaN or false, and no reduction sees them."""
+
+    samples: tuple[int, ...]
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.samples[:6]))
+        return f"samples {shown}" + (", ..." if len(self.samples) > 6 else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,6 +400,7 @@ class Take(Node):
         last: whether the last of them, nearest to an anchor that they stand before.
         before: whether they stand before the anchor.
         inclusive: whether the anchor's own step belongs to them.
+        of: whose occurrences they are, where they are those of another quantity.
     """
 
     child: Node
@@ -388,6 +409,7 @@ class Take(Node):
     last: bool
     before: bool
     inclusive: bool
+    of: Node | None = None
 
     @property
     def children(self) -> tuple[Node, ...]:
@@ -434,8 +456,9 @@ def restrict(node: Node, dim: str, chosen: np.ndarray) -> Node:
         kept = np.intersect1d(node.steps, chosen, assume_unique=True)
         return dataclasses.replace(node, where=_where(kept))
     if isinstance(node, At) and dim == "step":
-        states = np.union1d(chosen, np.asarray(chosen) + 1)
-        return At(restrict(node.child, "state", states), node.offset)
+        kept = np.intersect1d(node.steps, chosen)
+        states = np.union1d(kept, kept + 1)
+        return At(restrict(node.child, "state", states), node.offset, _where(kept))
     if isinstance(node, Lag):
         before = np.searchsorted(node.child.steps, chosen) - 1
         both = np.union1d(chosen, node.child.steps[before[before >= 0]])
@@ -452,6 +475,10 @@ def narrow(node: Node, choose: Callable[[tuple[Part, ...]], tuple[Part, ...]]) -
     if isinstance(node, Reduce) and set(node.over) & set(RAGGED):
         return node
     return node.rebuilt(lambda child: narrow(child, choose))
+
+
+def _steps(where: Any) -> np.ndarray:
+    return np.asarray(where[0], np.int64) if len(where) == 1 else np.arange(*where)
 
 
 def _where(steps: np.ndarray) -> Any:
@@ -471,7 +498,7 @@ def check_parts(nodes: Any) -> None:
     Raises:
         QueryError: the tensors differ, or what is chosen of them.
     """
-    several = {node.parts for node in nodes if isinstance(node, Node) and node.parts}
+    several = dict.fromkeys(x.parts for x in nodes if isinstance(x, Node) and x.parts)
     if len(several) > 1:
         first, second = list(several)[:2]
         raise QueryError(

@@ -67,7 +67,14 @@ def wide(dtype: Any) -> Any:
     """Return the dtype of sums: at least float32 for numbers that are not whole."""
     if is_count(dtype) or jnp.issubdtype(dtype, jnp.integer):
         return jnp.dtype(dtype)
-    return jnp.promote_types(dtype, jnp.float32)
+    return real(dtype)
+
+
+def real(dtype: Any) -> Any:
+    """Return the dtype of means: that of the numbers, but at least float32."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float32)
 
 
 def is_count(dtype: Any) -> bool:
@@ -130,7 +137,9 @@ def _total(values: Values) -> Any:
 
 
 def _number(count: Any, xp: Any, like: Any) -> Any:
-    return _read_count(count, xp).astype(like.dtype)
+    """Return counts, one for each group where there are groups, to combine with numbers."""
+    number = _read_count(count, xp).astype(like.dtype)
+    return number.reshape(number.shape + (1,) * (like.ndim - number.ndim))
 
 
 def _counting(holds: Callable[[Any], Any]) -> State:
@@ -164,7 +173,7 @@ def _add(state: Any, values: Values) -> Any:
 _SUM = State(_zeros, _add, jnp.add, lambda state, xp: {"value": xp.asarray(state)})
 
 _NORM = State(
-    lambda kept, dtype: jnp.zeros(kept, jnp.promote_types(dtype, jnp.float32)),
+    lambda kept, dtype: jnp.zeros(kept, real(dtype)),
     lambda state, values: state + jnp.square(_kept(values, 0).astype(state.dtype)).sum(-1),
     jnp.add,
     lambda state, xp: {"value": xp.sqrt(xp.asarray(state))},
@@ -172,7 +181,7 @@ _NORM = State(
 
 
 def _real(kept: tuple[int, ...], dtype: Any) -> Any:
-    return jnp.zeros(kept, jnp.promote_types(dtype, jnp.float32))
+    return jnp.zeros(kept, real(dtype))
 
 
 def _final_mean(state: Any, xp: Any) -> dict[str, Any]:
@@ -312,8 +321,9 @@ def _top_k(k: int, smallest: bool) -> State:
     def step(state, values):
         x = values.x.astype(state[0].dtype)
         x = jnp.where(values.mask, -x if smallest else x, -jnp.inf)
-        steps = jnp.where(values.mask, values.step, -1)
-        numbers = jnp.where(values.mask, _spread(values.numbers, x), -1)
+        there = x != -jnp.inf  # what is left out of a ranking was put at its very end
+        steps = jnp.where(there, values.step, -1)
+        numbers = jnp.where(there, _spread(values.numbers, x), -1)
         return best([state, (x, *(jnp.broadcast_to(y, x.shape) for y in (steps, numbers)))])
 
     def final(state, xp):
@@ -341,7 +351,7 @@ def _into(buckets: int, place: Callable[[Any], Any]) -> tuple[Callable, Callable
 
 def _hist(edges: Sequence[float]) -> State:
     def place(x):
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(real(x.dtype))
         return jnp.searchsorted(jnp.asarray(edges, x.dtype), x, side="right")
 
     init, step = _into(len(edges) + 1, place)
@@ -378,13 +388,13 @@ def _sketch(q: Sequence[float]) -> State:
 
 def quantiles(x: Any, valid: Any, q: Sequence[float]) -> Any:
     """Return exact quantiles of the last axis, `[*kept, quantiles]`, of the valid ones."""
-    x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+    x = jnp.asarray(x, real(x.dtype))
     ordered = jnp.sort(jnp.where(_spread(valid, x), x, jnp.inf), axis=-1)
     n = valid.sum()
-    at = jnp.asarray(q, x.dtype) * jnp.maximum(n - 1, 0)
+    at = jnp.asarray(q, x.dtype) * jnp.maximum(n - 1, 0).astype(x.dtype)
     low = jnp.floor(at).astype(jnp.int32)
     high = jnp.minimum(low + 1, jnp.maximum(n - 1, 0))
-    share = _spread(at - low, x)
+    share = _spread(at - low.astype(x.dtype), x)
     first, second = (jnp.take(ordered, places, axis=-1) for places in (low, high))
     value = jnp.where(share > 0, first + (second - first) * share, first)
     spoiled = (jnp.isnan(x) & _spread(valid, x)).any(-1, keepdims=True) | (n == 0)

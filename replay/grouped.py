@@ -1,0 +1,201 @@
+"""Sums of the gradients of samples by the label of the sample, from factors.
+
+The samples of some steps are kept as factors and sorted by label, so that a label's sum is a matrix
+product over many of its samples, and the large running sums are touched once in a while, not at
+every step. When they are is a matter of the numbers of the steps alone, so that it does not depend
+on where a range begins.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from replay.grads.gradients import settle
+from replay.grads.reductions import BLOCK_STEPS, Blocks
+from replay.grads.sources import gradients_of
+from replay.query.nodes import Reduce, Scan
+
+# Samples of one label that are multiplied together, and bytes of factors that are kept.
+CHUNK = 64
+KEPT_BYTES = 2**25
+
+
+class Sums:
+    """The running sums of one root.
+
+    Args:
+        node: a sum (or mean) over steps and positions, by labels.
+        of: `value`, `magnitude` or `square`.
+        scan: the gradients.
+        tensor: number of each tensor by its path.
+    """
+
+    def __init__(self, node: Reduce, of: str, scan: Scan, tensor: dict[str, int]):
+        assert node.by is not None
+        self.node, self._of, self._scan, self._tensor = node, of, scan, tensor
+        self._labels = np.frombuffer(node.by.labels, "<i4")
+        self._count = node.by.count
+        self._kept: dict[int, list[tuple[Any, np.ndarray]]] = {}
+        self._states: dict[int, Any] = {}
+        self._layouts: dict[int, tuple[Any, tuple[int, ...]]] = {}
+        self._blocks: dict[int, Blocks] = {}
+        self._samples = np.zeros(self._count, np.int64)
+        self._step = -1
+
+    def take(self, local: Any) -> None:
+        """Take the samples of a step."""
+        frame = local.frames[self._scan.run]
+        if self._step >= 0 and local.step // BLOCK_STEPS != self._step // BLOCK_STEPS:
+            self._close()
+        elif self._step >= 0 and any(
+            local.step // every != self._step // every for every in self._every().values()
+        ):
+            self._flush(local.step)
+        self._step = local.step
+        ids = frame.ids[frame.valid]
+        self._samples += np.bincount(self._labels[ids], minlength=self._count)
+        for part in self._scan.tensors:
+            number = self._tensor[part.path]
+            for carried, occurrences in frame.parts(number):
+                if number not in self._layouts:
+                    layout = gradients_of(carried.form, carried.payload).layout
+                    self._layouts[number] = carried.form, layout
+                rows = np.asarray(occurrences) % len(frame.ids)
+                self._kept.setdefault(number, []).append(
+                    (carried.payload, self._labels[frame.ids[rows]])
+                )
+
+    def done(self) -> bool:
+        """No step can be the last."""
+        return False
+
+    def state(self) -> Any:
+        """Return what another process can `absorb`."""
+        self._close()
+        nodes = {number: blocks.nodes for number, blocks in self._blocks.items()}
+        return self._layouts, self._samples, jax.tree.map(np.asarray, nodes)
+
+    def absorb(self, state: Any) -> None:
+        """Take what later steps have come to elsewhere."""
+        layouts, samples, nodes = state
+        self._layouts |= layouts
+        self._samples = self._samples + samples
+        for number, found in nodes.items():
+            for node in found:
+                self._blocks.setdefault(number, Blocks(jnp.add)).push(*node)
+
+    def keys(self) -> list[int]:
+        """There are no epochs or windows."""
+        return []
+
+    def totals(self) -> list[np.ndarray] | None:
+        """Return the sums, `[labels, weights]` for each part; None where there was no step."""
+        self._close()
+        if not self._blocks:
+            return None
+        found = []
+        for part in self._scan.tensors:
+            number = self._tensor[part.path]
+            form, layout = self._layouts[number]
+            total = settle(form, layout, jnp.asarray(self._blocks[number].result()))
+            flat = np.asarray(total).reshape(self._count, -1)
+            if self.node.how == "mean":
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    flat = flat / self._samples[:, None].astype(flat.dtype)
+            found.append(flat if part.indices is None else flat[:, list(part.indices)])
+        return found
+
+    def _every(self) -> dict[int, int]:
+        """Return, for each tensor, the steps that are kept: a power of two, of a block at most."""
+        found = {}
+        for number, kept in self._kept.items():
+            each = sum(x.nbytes for x in jax.tree.leaves(kept[0][0]))
+            fits = max(1, KEPT_BYTES // max(each, 1))
+            found[number] = min(BLOCK_STEPS, 2 ** int(math.log2(fits)))
+        return found
+
+    def _flush(self, step: int | None = None) -> None:
+        """Add up what is kept of the tensors that are due; of all without a step."""
+        for number, every in self._every().items():
+            if step is not None and step // every == self._step // every:
+                continue
+            kept = self._kept.pop(number)
+            form, layout = self._layouts[number]
+            labels = np.concatenate([labels for _, labels in kept])
+            rows, owners = chunked(labels, self._count, every * max(len(x) for _, x in kept))
+            payload = kept[0][0]
+            if len(kept) > 1:
+                payload = _joined([payload for payload, _ in kept])
+            if number not in self._states:
+                self._states[number] = jnp.zeros((self._count, *layout), form.wide)
+            self._states[number] = _add(form, self._of, self._states[number], payload, rows, owners)
+
+    def _close(self) -> None:
+        self._flush()
+        for number, state in self._states.items():
+            blocks = self._blocks.setdefault(number, Blocks(jnp.add))
+            blocks.close(self._step // BLOCK_STEPS, state)
+        self._states = {}
+
+
+def chunked(labels: np.ndarray, count: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sort samples by label into chunks of one label each.
+
+    Args:
+        labels: of each sample.
+        count: how many labels there are.
+        most: samples that there may be; it alone decides how many chunks there are.
+
+    Returns:
+        `int32[chunks, size]` of samples, -1 for none, and the label of each chunk.
+
+    >>> rows, owners = chunked(np.array([1, 0, 1]), 2, 4)
+    >>> rows[:2, :2].tolist(), owners[:2].tolist()
+    ([[1, -1], [0, 2]], [0, 1])
+    """
+    size = min(CHUNK, most)
+    chunks = most // size + count
+    rows = np.full((chunks, size), -1, np.int32)
+    owners = np.zeros(chunks, np.int32)
+    at = 0
+    order = np.argsort(labels, kind="stable").astype(np.int32)
+    ends = np.cumsum(np.bincount(labels, minlength=count))
+    for label, end in enumerate(ends.tolist()):
+        start = int(ends[label - 1]) if label else 0
+        for first in range(start, end, size):
+            mine = order[first : min(first + size, end)]
+            rows[at, : len(mine)], owners[at] = mine, label
+            at += 1
+    return rows, owners
+
+
+@jax.jit
+def _joined(payloads: list[Any]) -> Any:
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *payloads)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _add(form: Any, of: str, state: Any, payload: Any, rows: Any, owners: Any) -> Any:
+    def one(state, chunk):
+        rows, owner = chunk
+
+        def pick(x):
+            inside = (rows >= 0).reshape(-1, *[1] * (x.ndim - 1))
+            return jnp.where(inside, x[jnp.maximum(rows, 0)], jnp.zeros((), x.dtype))
+
+        mine = jax.tree.map(pick, payload)
+        return state.at[owner].add(gradients_of(form, mine).total(of)), None
+
+    return jax.lax.scan(one, state, (rows, owners))[0]
+
+
+def fits(found: tuple[str, Scan] | None, node: Reduce) -> bool:
+    """Whether a root over what was found of per-sample gradients is answered by sums."""
+    if found is None or node.by is None or node.by.kind != "labels":
+        return False
+    known = found[1].quantity == "sample_grads" and not found[1].source
+    return known and set(node.over) == {"step", "position"} and node.how in ("sum", "mean")

@@ -63,7 +63,7 @@ class Settings:
     seed: int = 0
     rate: float = 1e-3
     spike: float = 100.0
-    repeats: int = 5
+    repeats: int = 3
     naive_steps: int = 3
     processes: int = 2
     resamples: int = 4_000
@@ -116,6 +116,7 @@ class Fixture:
             order,
             key=jax.random.key(settings.seed),
             checkpoints=settings.epoch_steps,
+            embed=True,  # other processes open the run by its path
             self_test=False,
             progress=False,
         )
@@ -354,9 +355,9 @@ def main() -> None:
             "settings": dataclasses.asdict(settings),
             "figures": [dataclasses.asdict(figure) | {"met": figure.met} for figure in figures],
         }
-    if not options.quick:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        if not options.quick:
+            RESULT.parent.mkdir(exist_ok=True)
+            RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -156,6 +156,8 @@ class Asking:
                 fix="pass examples of the same leaves, shapes and dtypes",
             )
         name = name or f"source{len(subject.others)}"
+        if name in subject.others:  # another one may go by it in a plan
+            name = f"{name} ({len(subject.others)})"
         subject.others[name] = data
         return name
 

@@ -419,6 +419,7 @@ class Shape(NamedTuple):
         return total
 
 
+@functools.cache
 def _shapes(node: Reduce) -> tuple[list[Shape], tuple[str, ...]]:
     """Return the layout of each part of what a reduction reduces, and the dimensions of results."""
     child = node.child
@@ -512,6 +513,24 @@ def _stepper(node: Reduce, shape: Shape) -> tuple[Callable, Callable]:
     return jax.jit(init), jax.jit(step, donate_argnums=0)
 
 
+@functools.cache
+def _once(node: Reduce, shape: Shape) -> Callable[..., Any]:
+    """Return `state(arrays, step, valid, groups)` of a reduction that begins and ends with it."""
+    init, step = _stepper(node, shape)
+    return jax.jit(lambda arrays, *more: step(init(arrays), arrays, *more))
+
+
+@functools.cache
+def _reader(node: Reduce, result_dims: tuple[str, ...], dtype: Any) -> Callable[..., Any]:
+    """Return what turns the states of all parts into arrays, on the device."""
+
+    def read(per_part):
+        found = _finished(node, result_dims, per_part, dtype, jnp)
+        return found.data, found.fields
+
+    return jax.jit(read)
+
+
 def _ranked(node: Reduce) -> Node:
     """Leave out of rankings the shares of updates in which samples cancel."""
     scans = [s for s in node.child.scans() if s.quantity == "sample_updates" and not s.source]
@@ -590,12 +609,15 @@ def reduce_now(node: Reduce, local: Any, xp: Any) -> Value:
     dtype = _dtype(node, tuple((tuple(x.shape), str(x.dtype)) for x in _of_part(values, 0)))
     if node.how == "quantile" and groups is None and (not node.by or node.by.kind == "tensor"):
         return _exact_quantiles(node, shapes, values, valid, xp)
-    per_part = []
-    for i, shape in enumerate(shapes):
-        init, step = _stepper(node, shape)
-        arrays = _of_part(values, i)
-        per_part.append(step(init(arrays), arrays, np.int32(local.step), valid, groups))
-    return _finished(node, result_dims, per_part, dtype, xp)
+    per_part = [
+        _once(node, shape)(_of_part(values, i), np.int32(local.step), valid, groups)
+        for i, shape in enumerate(shapes)
+    ]
+    if xp is np or node.how == "quantile":
+        return _finished(node, result_dims, per_part, dtype, xp)
+    data, fields = _reader(node, result_dims, dtype)(per_part)
+    tensor = {"tensor"} if node.by and node.by.kind == "tensor" else set()
+    return Value(ordered({*result_dims, *tensor}), data, fields)
 
 
 def _exact_quantiles(node, shapes, values, valid, xp) -> Value:
@@ -898,8 +920,11 @@ class Collected:
         self._values: list[tuple[int, Value]] = []
 
     def take(self, local: Local) -> None:
-        """Keep the value of a step."""
-        self._values.append((local.step, local.value(self.node)))
+        """Keep the value of a step; what is padding is not a number."""
+        value = local.value(self.node)
+        if "position" in value.dims and not (valid := local.valid(self.node)).all():
+            value = _without_padding(_on_host(value), valid)
+        self._values.append((local.step, value))
         if len(self._values) > 1:  # wait for all but the last
             step, value = self._values[-2]
             self._values[-2] = (step, _on_host(value))
@@ -941,6 +966,17 @@ def _on_host(value: Value) -> Value:
         [_flat(np.asarray(x), value.dims) for x in value.data],
         {name: [np.asarray(x) for x in parts] for name, parts in value.fields.items()},
     )
+
+
+def _without_padding(value: Value, valid: np.ndarray) -> Value:
+    axis = value.dims.index("position")
+
+    def blank(x):
+        if not np.issubdtype(x.dtype, np.floating):
+            return x
+        return np.where(valid.reshape([-1 if i == axis else 1 for i in range(x.ndim)]), x, np.nan)
+
+    return value._replace(data=[blank(x) for x in value.data])
 
 
 class _Everything:

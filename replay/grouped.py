@@ -20,8 +20,8 @@ from replay.grads.sources import gradients_of
 from replay.query.nodes import Reduce, Scan
 
 # Samples of one label that are multiplied together, and bytes of factors that are kept.
-CHUNK = 64
-KEPT_BYTES = 2**25
+CHUNK = 256
+KEPT_BYTES = 2**26
 
 
 class Sums:

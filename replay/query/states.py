@@ -318,13 +318,33 @@ def _top_k(k: int, smallest: bool) -> State:
         order = jnp.lexsort(keys, axis=-1)[..., :k]
         return tuple(jnp.take_along_axis(x, order, -1) for x in (values, steps, numbers))
 
+    def insert(state, new):
+        """Take one entry of each after the other; what stands there is earlier."""
+        held, rows = (tuple(jnp.moveaxis(x, -1, 0) for x in part) for part in (state, new))
+        place = lax.broadcasted_iota(jnp.int32, held[0].shape, 0)
+
+        def one(held, row):
+            values, steps, _ = held
+            stays = (steps >= 0) & (jnp.isnan(values) | (values >= row[0][None]))
+            rank = jnp.where(row[1] < 0, k, stays.sum(axis=0, dtype=jnp.int32))[None]
+
+            def moved(old, own):
+                above = jnp.concatenate([old[:1], old[:-1]])
+                return jnp.where(place < rank, old, jnp.where(place == rank, own[None], above))
+
+            return tuple(map(moved, held, row)), None
+
+        return tuple(jnp.moveaxis(x, 0, -1) for x in lax.scan(one, held, rows)[0])
+
     def step(state, values):
         x = values.x.astype(state[0].dtype)
         x = jnp.where(values.mask, -x if smallest else x, -jnp.inf)
         there = x != -jnp.inf  # what is left out of a ranking was put at its very end
         steps = jnp.where(there, values.step, -1)
         numbers = jnp.where(there, _spread(values.numbers, x), -1)
-        return best([state, (x, *(jnp.broadcast_to(y, x.shape) for y in (steps, numbers)))])
+        new = (x, *(jnp.broadcast_to(y, x.shape) for y in (steps, numbers)))
+        # Of many weights, a few entries each are put in their places faster than all are sorted.
+        return insert(state, new) if x.size > 2**14 * x.shape[-1] else best([state, new])
 
     def final(state, xp):
         values, steps, numbers = map(xp.asarray, state)

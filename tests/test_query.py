@@ -343,7 +343,7 @@ def normalised(params, model_state, batch, key, sample_keys):
 
 
 KINDS = ("dense", "convolution", "batch_norm", "lstm", "transformer")
-BY_DEFAULT = KINDS[:2]  # the others compile for a minute
+BY_DEFAULT = ("dense",)
 STEPS, EVERY, SAMPLES, SIZE = 8, 4, 16, 4
 
 
@@ -838,9 +838,7 @@ def test_quantiles_over_steps_are_within_one_part_in_128_of_a_value_that_is_ther
 @pytest.mark.parametrize(
     ("which", "by"),
     [
-        pair
-        if pair in (("small", "labels"), ("small", "unit"), ("padded", "epoch"))
-        else full(*pair)
+        pair if pair in (("padded", "epoch"), ("padded", "sample")) else full(*pair)
         for pair in itertools.product(
             ("small", "padded"), ("labels", "sample", "tensor", "unit", "epoch", "window")
         )
@@ -1162,7 +1160,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("momentum", "adamw", "muon") else full(name) for name in OPTIMIZERS]
+    "name", [name if name in ("momentum", "muon") else full(name) for name in OPTIMIZERS]
 )
 def test_shares_carried_and_residual_updates_add_up_to_the_update(tmp_path, name):
     optimizer = OPTIMIZERS[name]

@@ -58,7 +58,7 @@ def close(found, expected):
 @pytest.mark.parametrize(
     ("strategy", "memory"),
     [
-        ("factored", 600),
+        pytest.param("factored", 600, marks=pytest.mark.full),
         ("scan", 2**30),
         ({"a": "scan", "b": "vmap"}, 600),
         pytest.param("factored", 2**30, marks=pytest.mark.full),

@@ -21,8 +21,6 @@ from replay import plan as planning
 from replay.errors import Grade, QueryError
 from replay.frames import CONDITION_LIMIT, Frame, Observers
 from replay.grads import reductions as grads
-from replay.grads.factors import Outer, Rows
-from replay.grads.gradients import settle
 from replay.grads.reductions import BLOCK_STEPS, Blocks
 from replay.grads.sources import gradients_of
 from replay.grads.stream import Stream
@@ -46,6 +44,7 @@ from replay.query.nodes import (
 )
 from replay.query.states import Values
 from replay.replaying import Replayer
+from replay.sample_gradients import weighted
 
 MEMORY = 2**30
 
@@ -337,19 +336,7 @@ def _sum_of_shares(frame: Frame, part: Part, of: str, by: Group | None) -> Any:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _weighted_sums(form, of, payload, table):
     """Return sums over the samples with several rows of weights, `[rows, *shape]`."""
-
-    def one(weights):
-        def scaled(x):
-            return x * weights.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-
-        mine = payload
-        if isinstance(mine, Outer | Rows):
-            mine = mine._replace(right=scaled(mine.right))
-        elif form.way != "zero":
-            mine = scaled(mine)
-        gradients = gradients_of(form, mine)
-        return settle(form, gradients.layout, gradients.total(of))
-
+    one = functools.partial(weighted, form, of, payload)
     return jax.lax.map(one, jnp.asarray(table))
 
 
@@ -677,7 +664,7 @@ class Fold:
             self.close()
             self._block = block
         for i, (init, step) in enumerate(self._programs):
-            arrays, key = _of_part(values, i), (self._key(local.step), i)
+            arrays, key = _of_part(values, i), (_key(self.node, self._asked, local.step), i)
             if key not in self._states:
                 self._states[key] = init(arrays)
             self._states[key] = step(self._states[key], arrays, np.int32(local.step), valid, groups)
@@ -750,13 +737,14 @@ class Fold:
     def _results(self) -> dict[tuple[int, int], Any]:
         return {key: blocks.result() for key, blocks in self._blocks.items()}
 
-    def _key(self, step: int) -> int:
-        if not self._keyed:
-            return 0
-        assert self.node.by is not None
-        if self.node.by.kind == "window":
-            return step // self.node.by.size
-        return int(self._asked.epochs(np.asarray([step]))[0])
+
+def _key(node: Reduce, asked: Asked, step: int) -> int:
+    """Return the epoch or window that a step belongs to; 0 where a root tells none apart."""
+    if node.by is None or node.by.kind not in ("epoch", "window"):
+        return 0
+    if node.by.kind == "window":
+        return step // node.by.size
+    return int(asked.epochs(np.asarray([step]))[0])
 
 
 def stacked(dim: str, values: Sequence[Value]) -> Value:
@@ -787,7 +775,7 @@ class Sampled:
     def take(self, local: Local) -> None:
         """Take the samples of a step."""
         frame = local.frames[self._rule.scan.run]
-        key = Fold._key(self, local.step)  # type: ignore[arg-type]
+        key = _key(self.node, self._asked, local.step)
         if key not in self._streams:
             self._streams[key] = Stream(
                 (self._rule.reduction,), len(self._asked.observers.tensor), self._numbers
@@ -863,10 +851,9 @@ class Rule(NamedTuple):
 
     reduction: Any
     scan: Scan
-    way: str
 
 
-def rule_of(node: Node, way: str) -> Rule | None:
+def rule_of(node: Node) -> Rule | None:
     """Return how a root is answered from factors; None where nothing fits."""
     if not isinstance(node, Reduce) or (node.by and node.by.kind not in ("epoch", "window")):
         return None
@@ -877,7 +864,7 @@ def rule_of(node: Node, way: str) -> Rule | None:
     if set(node.over) == {"step", "position", "weight"} and node.how == "hist":
         whole = all(part.indices is None for part in scan.tensors)
         if of == "magnitude" and whole:
-            return Rule(grads.Histogram(node.options["edges"]), scan, way)
+            return Rule(grads.Histogram(node.options["edges"]), scan)
         return None
     if set(node.over) != {"step", "position"}:
         return None
@@ -892,7 +879,7 @@ def rule_of(node: Node, way: str) -> Rule | None:
             grads.TopK(node.options["k"], of, node.options["smallest"]) if plain else None
         ),
     }.get(node.how, lambda: None)()
-    return None if reduction is None else Rule(reduction, scan, way)
+    return None if reduction is None else Rule(reduction, scan)
 
 
 class Labelled(grouped.Sums):
@@ -1238,7 +1225,7 @@ class Execution:
         if isinstance(node, Reduce) and not node.walked:
             if grouped.fits(planning.of_samples(node.child), node):
                 return Labelled(node, asked)
-            rule = rule_of(node, asked.observers.way)
+            rule = rule_of(node)
             return Fold(node, asked) if rule is None else Sampled(node, asked, rule)
         return Collected(node, asked)
 
@@ -1279,9 +1266,8 @@ class Execution:
                     why="places are counted in 32 bits",
                     fix="choose tensors",
                 )
-        per_sample = {"sample_grads", "sample_updates"} & {s.quantity for s in node.scans()}
-        factored = rule_of(node, "") is not None
-        if per_sample and not factored and 4 * widest * catalogue.batch > 4 * self._memory:
+        factored = isinstance(self._root(node), Sampled | Labelled)
+        if _multiplied_out(node) and not factored and 4 * widest * catalogue.batch > self._memory:
             raise QueryError(
                 f"{4 * widest * catalogue.batch / 2**20:,.0f} MiB of one tensor's gradients would "
                 "be multiplied out at once",
@@ -1394,6 +1380,18 @@ class Execution:
                 lags[this] = (0, local.value(this.child))
             stack += this.children
         return local
+
+
+def _multiplied_out(node: Node) -> bool:
+    """Whether the gradients of samples are needed themselves, and not what factors answer."""
+    if isinstance(node, Reduce) and planning.of_samples(node.child) is not None:
+        if node.over == ("weight",) and node.how in ("norm", "sum"):
+            return False
+        if node.over == ("position",) and node.how == "sum":
+            return False
+    if isinstance(node, Scan):
+        return node.quantity in ("sample_grads", "sample_updates")
+    return any(map(_multiplied_out, node.children))
 
 
 class Known:

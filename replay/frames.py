@@ -17,13 +17,12 @@ from jax import lax
 from replay import artifact
 from replay.data import Data
 from replay.errors import QueryError
-from replay.grads.factors import Outer, Rows
-from replay.grads.gradients import Gradients, settle
+from replay.grads.gradients import Gradients
 from replay.grads.sources import gradients_of
 from replay.log import Log
 from replay.query.nodes import Part, Scan
 from replay.replaying import Replayed
-from replay.sample_gradients import SampleGradients
+from replay.sample_gradients import SampleGradients, weighted
 from replay.trajectory import Executed
 
 # A sample's share of an update counts in rankings only where samples do not cancel more than this.
@@ -234,7 +233,7 @@ class Frame:
             for gradients, occurrences in self.parts(number):
                 rows = np.asarray(occurrences) % self.observers.signature.batch_size
                 weights = jnp.asarray(self.replayed.weights[rows])
-                total = total + _weighted_magnitudes(gradients.form, gradients.payload, weights)
+                total = total + weighted(gradients.form, "magnitude", gradients.payload, weights)
             grad = jnp.asarray(self.replayed.executed.grads[number])
             size = self.observers.signature.batch_size
             self._known[key] = _condition(total, grad, self.share(number), size)
@@ -364,19 +363,6 @@ def _condition(total, grad, share, size):
     used = jnp.abs(grad)
     ratio = total / size / jnp.where(used == 0, 1, used)
     return jnp.where((used == 0) | (share == 0), 0, ratio)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _weighted_magnitudes(form, payload, weights):
-    def scaled(x):
-        return x * weights.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-
-    if isinstance(payload, Outer | Rows):
-        payload = payload._replace(right=scaled(payload.right))
-    elif form.way != "zero":
-        payload = scaled(payload)
-    gradients = gradients_of(form, payload)
-    return settle(form, gradients.layout, gradients.total("magnitude"))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -152,7 +152,7 @@ class SampleGradients:
         for group, payloads, occurrences in self.parts(replayed, way):
             weights = replayed.weights[np.asarray(occurrences) % self._signature.batch_size]
             for number, payload in zip(group.tensors, payloads, strict=True):
-                part = _weighted(group.tensors[number].form, payload, weights)
+                part = weighted(group.tensors[number].form, "value", payload, weights)
                 totals[number] = totals[number] + part if number in totals else part
         largest = scale = 0.0
         for number, used in enumerate(replayed.executed.grads):
@@ -229,9 +229,12 @@ def _take(payloads: Any, valid: Any) -> Any:
     return jax.tree.map(lambda x: x[valid], payloads)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _weighted(form: Form, payload: Any, weights: Any) -> Any:
-    """Return the weighted sum of the gradients that a payload stands for, in the tensor's shape."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def weighted(form: Form, of: str, payload: Any, weights: Any) -> Any:
+    """Return the weighted sum of gradients (`of` is `value`), or of |them|, in the tensor's shape.
+
+    Weights are not negative.
+    """
 
     def scaled(x):
         return x * weights.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
@@ -241,7 +244,7 @@ def _weighted(form: Form, payload: Any, weights: Any) -> Any:
     elif form.way != "zero":
         payload = scaled(payload)
     gradients = gradients_of(form, payload)
-    return settle(form, gradients.layout, gradients.total("value"))
+    return settle(form, gradients.layout, gradients.total(of))
 
 
 def reduce(

@@ -47,6 +47,7 @@ def test_a_question_of_the_gallery_prints_what_it_shows(printed, title, shown):
     assert len(words[0]) == len(words[1]), printed[title]
     for here, there in zip(*words, strict=True):
         if re.match(r"-?\d", there):
-            assert float(here) == pytest.approx(float(there), rel=0.05, abs=0.05), printed[title]
+            last = 10.0 ** -len(there.partition(".")[2])
+            assert float(here) == pytest.approx(float(there), rel=0.01, abs=last), printed[title]
         else:
             assert here == there, printed[title]

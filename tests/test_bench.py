@@ -66,6 +66,7 @@ def test_the_quick_settings_measure_every_section_of_the_full_ones():
         assert case.interval // 2 % quick.chunk == 0 or not case.rounds
 
 
+@pytest.mark.full
 def test_all_loops_train_the_same_model_on_the_same_samples(tmp_path):
     case = bench.Case("mlp", (8,), 16, 8, interval=64, block=64, rounds=1)
     losses = {}

@@ -40,7 +40,6 @@ TESTS = pathlib.Path(__file__).parent
 DEFAULT = (
     Case("dense", "momentum", pad=True),
     Case("convolution", "adamw"),
-    Case("convolution", "momentum", "block"),
     Case("lstm", "clipped_adam", "block"),
     Case("transformer", "clipped_adam"),
     Case("memory", "accumulated", "block"),
@@ -54,8 +53,8 @@ PRODUCT = tuple(
 )
 CASES = {str(case): case for case in (*DEFAULT, *PRODUCT)}
 # Large enough for XLA to share one contraction or sum out among threads, which regroups it.
-THREADED = (DEFAULT[1], DEFAULT[4])
-KILLED = (DEFAULT[0], DEFAULT[5])
+THREADED = (DEFAULT[3], DEFAULT[1])
+KILLED = (DEFAULT[0], DEFAULT[4])
 
 
 def by_default(chosen):
@@ -373,17 +372,16 @@ def elsewhere(recorded, tmp_path_factory):
 
     def answer(case):
         if case not in known:
-            together = THREADED if case in THREADED else (case,)
-            asked = [(str(c), str(recorded(c).path), str(folder / str(c))) for c in together]
-            answers = in_process(source, asked, count=1 if threads() > 1 else 2)
-            for each, (_, _, own), found in zip(together, asked, answers, strict=True):
-                known[each] = Elsewhere(replay.open(own), **found)
+            own = str(folder / str(case))
+            asked = [(str(case), str(recorded(case).path), own)]
+            (found,) = in_process(source, asked, count=1 if threads() > 1 else 2)
+            known[case] = Elsewhere(replay.open(own), **found)
         return known[case]
 
     return answer
 
 
-@pytest.mark.parametrize("case", by_default(THREADED), ids=str)
+@pytest.mark.parametrize("case", by_default(THREADED[:1]), ids=str)
 def test_a_run_is_replayed_with_the_thread_count_it_was_recorded_with(case, recorded, elsewhere):
     there = elsewhere(case)
     assert there.run.log.header.environment["threads"] != threads()
@@ -392,7 +390,9 @@ def test_a_run_is_replayed_with_the_thread_count_it_was_recorded_with(case, reco
     assert first_difference(found, there.expected) is None
 
 
-@pytest.mark.parametrize("case", THREADED, ids=str)
+@pytest.mark.parametrize(
+    "case", [THREADED[0], pytest.param(THREADED[1], marks=pytest.mark.full)], ids=str
+)
 def test_with_another_thread_count_the_bits_differ_and_an_audit_says_so(case, recorded, elsewhere):
     there = elsewhere(case)
     assert first_difference(there.expected, recorded(case).expected.states) is not None

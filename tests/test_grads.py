@@ -395,7 +395,7 @@ def check_network(names, again):
             assert np.abs(one - other).max() <= 1e-12 * largest
 
 
-@pytest.mark.parametrize("many", [8, pytest.param(300, marks=pytest.mark.full)])
+@pytest.mark.parametrize("many", [5, pytest.param(300, marks=pytest.mark.full)])
 def test_random_networks_agree_with_vmap_of_grad(many):
     @hypothesis.settings(max_examples=many)
     @hypothesis.given(NETWORKS.filter(lambda n: set(n) != {"nothing"}), st.integers(0, 3))

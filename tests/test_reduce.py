@@ -145,7 +145,7 @@ def contrastive(params, model_state, batch, key, sample_keys):
 @pytest.mark.parametrize(
     ("batched", "strategy"),
     [
-        (batch_norm, "factored"),
+        pytest.param(batch_norm, "factored", marks=pytest.mark.full),
         (contrastive, "scan"),
         pytest.param(batch_norm, "vmap", marks=pytest.mark.full),
         pytest.param(contrastive, "factored", marks=pytest.mark.full),

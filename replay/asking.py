@@ -13,7 +13,8 @@ import numpy as np
 from replay import plan as planning
 from replay.data import Data
 from replay.errors import DataError, Grade, QueryError
-from replay.execute import MEMORY, Asked, Execution
+from replay.execute import MEMORY, Execution
+from replay.folds import Asked
 from replay.frames import Observers
 from replay.grads import strategy as rates
 from replay.grads.reductions import BLOCK_STEPS

@@ -51,10 +51,11 @@ PRODUCT = tuple(
     Case(model, optimizer, dispatch)
     for model, optimizer, dispatch in itertools.product(MODELS, OPTIMIZERS, ("step", "block"))
 )
+OF = {case.model: case for case in DEFAULT}
 CASES = {str(case): case for case in (*DEFAULT, *PRODUCT)}
 # Large enough for XLA to share one contraction or sum out among threads, which regroups it.
-THREADED = (DEFAULT[3], DEFAULT[1])
-KILLED = (DEFAULT[0], DEFAULT[4])
+THREADED = (OF["transformer"], OF["convolution"])
+KILLED = (OF["dense"], OF["memory"])
 
 
 def by_default(chosen):
@@ -441,7 +442,7 @@ with test_contract.CASES[asked[0]].recorder(pathlib.Path(asked[1]), commit_steps
 
 
 def test_logged_metrics_are_means_over_the_samples_that_count(recorded):
-    case = DEFAULT[0]
+    case = OF["dense"]
     path, expected = recorded(case)
     weights, history = weights_of(case, ids_of(case)), replay.open(path).history()
     assert (weights == 0).sum() == 4 * EPOCHS
@@ -478,12 +479,12 @@ def test_every_model_optimizer_and_form_of_dispatch_is_in_the_default_run():
 
 
 def test_the_loss_scale_rises_and_falls(recorded):
-    run = replay.open(recorded(DEFAULT[8]).path)
+    run = replay.open(recorded(OF["loss_scaling"]).path)
     scales = [float(state.scale) for _, state in run.states(slice(None))]
     changes = {b / a for a, b in itertools.pairwise(scales)}
     assert changes == {0.5, 1.0, 2.0}
 
 
 def test_the_plateau_slows_the_training_down(recorded):
-    state = replay.open(recorded(DEFAULT[6]).path).state(STEPS)
+    state = replay.open(recorded(OF["equinox"]).path).state(STEPS)
     assert float(state.opt_state["1"]["scale"]) < 1

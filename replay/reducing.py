@@ -1,0 +1,302 @@
+"""Reductions within a step or of what was collected: their layout, and their executables."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from replay.errors import QueryError
+from replay.frames import CONDITION_LIMIT
+from replay.query import states
+from replay.query.nodes import RAGGED, Map, Node, Reduce, ordered
+from replay.query.states import Values
+from replay.values import Value, fused, of_part, without_walk
+
+
+class Shape(NamedTuple):
+    """How the values of a part are laid out for a reduction.
+
+    Attributes:
+        dims: of the child, without the one that is walked.
+        over: those that are reduced within a step.
+        rows: the one along which groups of samples are told apart, or nothing.
+        kept: those that stay, in order; `unit` for groups by unit.
+        units: how many units a part has, for groups by unit.
+        offset: number of the part's first weight among all, for rankings of weights; tensors of
+            one shape share executables otherwise.
+        total: how many weights there are, likewise.
+    """
+
+    dims: tuple[str, ...]
+    over: tuple[str, ...]
+    rows: str
+    kept: tuple[str, ...]
+    units: int = 0
+    offset: int = 0
+    total: int = 1
+
+    def arrange(self, x: Any) -> tuple[Any, Any]:
+        """Return `[(rows,) *kept, n]` and the `int32[(rows,) n]` numbers of what is reduced."""
+        dims, over = list(self.dims), list(self.over)
+        numbers = self._numbers(x, dims)
+        if self.units:
+            x = x.reshape(*x.shape[:-1], -1, self.units)
+            numbers = jnp.broadcast_to(numbers, (*numbers.shape[:-1], x.shape[-2] * self.units))
+            numbers = numbers.reshape(*numbers.shape[:-1], -1, self.units)
+            dims = [*dims[:-1], "_row", "unit"]
+            over = ["_row" if dim == "weight" else dim for dim in over]
+        rows = [self.rows] if self.rows else []
+        inner = [dim for dim in over if dim != self.rows]
+        order = [dims.index(dim) for dim in (*rows, *self.kept, *inner)]
+        x, numbers = (y.transpose(order) for y in (x, jnp.broadcast_to(numbers, x.shape)))
+        lead = len(rows) + len(self.kept)
+        x, numbers = (y.reshape(*y.shape[:lead], -1) for y in (x, numbers))
+        return x, numbers
+
+    def _numbers(self, x: Any, dims: Sequence[str]) -> Any:
+        """Return where each element stands among all that a step reduces, row-major."""
+        total, stride = jnp.zeros((1,) * x.ndim, jnp.int32), 1
+        for axis in reversed(range(x.ndim)):
+            dim = dims[axis]
+            if dim not in self.over:
+                continue
+            shape = [1] * x.ndim
+            shape[axis] = x.shape[axis]
+            place = jnp.arange(x.shape[axis], dtype=jnp.int32).reshape(shape)
+            weight = dim in RAGGED and self.total > 1
+            total = total + (place + (self.offset if weight else 0)) * stride
+            stride *= self.total if weight else x.shape[axis]
+        return total
+
+
+@functools.cache
+def layouts(node: Reduce) -> tuple[list[Shape], tuple[str, ...]]:
+    """Return the layout of each part of what a reduction reduces, and the dimensions of results."""
+    child = node.child
+    dims = without_walk(child.dims)
+    over = tuple(dim for dim in node.over if dim in dims)
+    rows, kept = "", tuple(dim for dim in dims if dim not in over)
+    kind = node.by.kind if node.by else ""
+    if kind in ("labels", "sample"):
+        rows = next(dim for dim in over if dim in ("position", "sample"))
+    if kind == "unit":
+        kept = (*kept, "unit")
+    added = {"top_k": "rank", "hist": "bin", "quantile": "quantile"}.get(node.how)
+    result = (*([node.by.dim] if rows and node.by else []), *kept, *([added] if added else []))
+    parts = child.parts if set(dims) & set(RAGGED) else ()
+    if not parts:
+        return [Shape(dims, over, rows, kept)], result
+    if kind == "unit" and any(part.indices is not None for part in parts):
+        raise QueryError(
+            "units of chosen weights are asked for",
+            why="a unit is a whole column of its tensor",
+            fix="group whole tensors by unit",
+        )
+    units = [(part.shape or (1,))[-1] for part in parts]
+    ranked = node.how == "top_k" and set(RAGGED) & set(over)
+    sizes = [part.size for part in parts] if "weight" in dims else units
+    offsets = np.cumsum([0, *sizes]).tolist()
+    shapes = [
+        Shape(
+            dims, over, rows, kept, each if kind == "unit" else 0,
+            *((offset, offsets[-1]) if ranked else ()),
+        )
+        for each, offset in zip(units, offsets[:-1], strict=True)
+    ]  # fmt: skip
+    return shapes, result
+
+
+@functools.cache
+def stepper(node: Reduce, shape: Shape) -> tuple[Callable, Callable]:
+    """Return `init(arrays) -> state` and `step(state, arrays, step, valid, groups) -> state`."""
+    starts, run = fused(ranked(node))
+
+    def how(x):
+        return states.reduction(node.how, node.options, x.dtype)
+
+    def arranged(arrays):
+        x = run(arrays)
+        x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, (1,) * len(shape.dims)))
+        return shape.arrange(jnp.asarray(x))
+
+    def mask(valid, x):
+        """Spread `bool[batch]` over what is reduced, `bool[n]`."""
+        if valid is None:
+            return jnp.ones(x.shape[-1], bool)
+        first = shape.over.index("position")
+        rest = x.shape[-1] // len(valid)
+        assert first == 0, "positions are the first of what is reduced"
+        return jnp.repeat(valid, rest)
+
+    def init(arrays):
+        x, _ = arranged(arrays)
+        reduction = how(x)
+        kept = x.shape[1:-1] if shape.rows else x.shape[:-1]
+        state = reduction.init(kept, x.dtype)
+        if not shape.rows:
+            return state
+        assert node.by is not None
+        count = node.by.count
+        return jax.tree.map(lambda s: jnp.repeat(s[None], count, 0), state)
+
+    def step(state, arrays, step, valid, groups):
+        x, numbers = arranged(arrays)
+        reduction = how(x)
+        if not shape.rows:
+            flat = numbers.reshape(-1, x.shape[-1])[0]
+            if shape.units:
+                flat = numbers  # of each unit its own
+            return reduction.step(state, Values(x, mask(valid, x), flat, step))
+
+        def one(state, row):
+            x, numbers, group = row
+            inside = group >= 0
+            place = jnp.maximum(group, 0)
+            mine = jax.tree.map(lambda s: s[place], state)
+            flat = numbers.reshape(-1, x.shape[-1])[0]
+            valid = jnp.full(x.shape[-1], inside)
+            new = reduction.step(mine, Values(x, valid, flat, step))
+            return jax.tree.map(lambda s, n: s.at[place].set(n), state, new), None
+
+        return jax.lax.scan(one, state, (x, numbers, groups))[0]
+
+    return jax.jit(init), jax.jit(step, donate_argnums=0)
+
+
+@functools.cache
+def _once(node: Reduce, shape: Shape) -> Callable[..., Any]:
+    """Return `state(arrays, step, valid, groups)` of a reduction that begins and ends with it."""
+    init, step = stepper(node, shape)
+    return jax.jit(lambda arrays, *more: step(init(arrays), arrays, *more))
+
+
+@functools.cache
+def _reader(node: Reduce, result_dims: tuple[str, ...], dtype: Any) -> Callable[..., Any]:
+    """Return what turns the states of all parts into arrays, on the device."""
+
+    def read(per_part):
+        found = finished(node, result_dims, per_part, dtype, jnp)
+        return found.data, found.fields
+
+    return jax.jit(read)
+
+
+def ranked(node: Reduce) -> Node:
+    """Leave out of rankings the shares of updates in which samples cancel."""
+    scans = [s for s in node.child.scans() if s.quantity == "sample_updates" and not s.source]
+    if node.how != "top_k" or not scans or not {"step", "position"} <= set(node.child.dims):
+        return node.child
+    limit = dataclasses.replace(scans[0], quantity="condition")
+    worst = math.inf if node.options["smallest"] else -math.inf
+    return Map("where", (Map("less_equal", (limit, CONDITION_LIMIT)), node.child, worst))
+
+
+@functools.cache
+def merger(node: Reduce, dtype: Any) -> Callable[[Any, Any], Any]:
+    """Return what joins the state of earlier steps with that of later ones."""
+    return jax.jit(states.reduction(node.how, node.options, dtype).merge)
+
+
+@functools.cache
+def dtype_of(node: Reduce, shapes: tuple) -> Any:
+    """Return the dtype of what is reduced, for starting values of these shapes and dtypes."""
+    _, run = fused(ranked(node))
+    found = jax.eval_shape(run, [jax.ShapeDtypeStruct(s, d) for s, d in shapes])
+    return found.dtype
+
+
+def _groups(node: Reduce, local: Any) -> Any:
+    """Return the group of each position, -1 for none."""
+    assert node.by is not None
+    if "sample" in node.child.dims:
+        labels = np.frombuffer(node.by.labels, "<i4")
+        return labels[: node.child.scans().__next__().samples]
+    ids = local.ids(node)
+    if node.by.kind == "sample":
+        return ids
+    labels = np.frombuffer(node.by.labels, "<i4")
+    return np.where(ids < 0, -1, labels[np.maximum(ids, 0)]).astype(np.int32)
+
+
+def inputs(
+    node: Reduce, local: Any, starts: Sequence[Node] | None = None
+) -> tuple[list[Value], Any, Any]:
+    """Return the values that a reduction starts from, where samples are, and their groups."""
+    values = [local.value(start) for start in starts or fused(ranked(node))[0]]
+    valid = None
+    if "position" in node.over:
+        valid = local.valid(node)
+    rows = node.by is not None and node.by.kind in ("labels", "sample")
+    return values, valid, _groups(node, local) if rows else None
+
+
+def finished(node: Reduce, result_dims, per_part: list[Any], dtype: Any, xp: Any) -> Value:
+    """Read the states of all parts, joining them where weights were reduced."""
+    reduction = states.reduction(node.how, node.options, dtype)
+    kind = node.by.kind if node.by else ""
+    parted = kind in ("tensor", "unit")
+    if set(RAGGED) & set(node.over) and not parted and len(per_part) > 1:
+        merge = merger(node, dtype)
+        per_part = [functools.reduce(merge, per_part)]
+    read = [reduction.final(state, xp) for state in per_part]
+    wanted = ordered(result_dims)
+    order = [result_dims.index(dim) for dim in wanted]
+    fields: dict[str, list[Any]] = {
+        name: [xp.asarray(one[name]).transpose(order) for one in read] for name in read[0]
+    }
+    if kind == "tensor":
+        fields = {name: [xp.stack(parts)] for name, parts in fields.items()}
+        wanted = ("tensor", *wanted)
+        places = ordered(wanted)
+        axes = [wanted.index(dim) for dim in places]
+        fields = {name: [x.transpose(axes) for x in parts] for name, parts in fields.items()}
+        wanted = places
+    return Value(wanted, fields.pop("value"), fields)
+
+
+def reduce_now(node: Reduce, local: Any, xp: Any) -> Value:
+    """Reduce what stands at one step, or what is left after all of them."""
+    values, valid, groups = inputs(node, local)
+    shapes, result_dims = layouts(node)
+    dtype = dtype_of(node, tuple((tuple(x.shape), str(x.dtype)) for x in of_part(values, 0)))
+    if node.how == "quantile" and groups is None and (not node.by or node.by.kind == "tensor"):
+        return _exact_quantiles(node, shapes, values, valid, xp)
+    per_part = [
+        _once(node, shape)(of_part(values, i), np.int32(local.step), valid, groups)
+        for i, shape in enumerate(shapes)
+    ]
+    if xp is np or node.how == "quantile":
+        return finished(node, result_dims, per_part, dtype, xp)
+    data, fields = _reader(node, result_dims, dtype)(per_part)
+    tensor = {"tensor"} if node.by and node.by.kind == "tensor" else set()
+    return Value(ordered({*result_dims, *tensor}), data, fields)
+
+
+def _exact_quantiles(node, shapes, values, valid, xp) -> Value:
+    _, result_dims = layouts(node)
+    q = node.options["q"]
+    arranged, masks = [], []
+    for i, shape in enumerate(shapes):
+        x, _ = shape.arrange(jnp.asarray(fused(node.child)[1](of_part(values, i))))
+        arranged.append(x)
+        masks.append(
+            jnp.ones(x.shape[-1], bool)
+            if valid is None
+            else jnp.repeat(jnp.asarray(valid), x.shape[-1] // len(valid))
+        )
+    if node.by is None and "weight" in node.over:
+        arranged, masks = [jnp.concatenate(arranged, -1)], [jnp.concatenate(masks, -1)]
+    found = [xp.asarray(_quantiles(x, m, q)) for x, m in zip(arranged, masks, strict=True)]
+    if node.by is not None:
+        found, result_dims = [xp.stack(found)], ("tensor", *result_dims)
+    wanted = ordered(result_dims)
+    order = [result_dims.index(dim) for dim in wanted]
+    return Value(wanted, [x.transpose(order) for x in found])
+
+
+_quantiles = functools.partial(jax.jit, static_argnums=2)(states.quantiles)

@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
+import jax
+import jaxlib
 import numpy as np
 
 from replay import plan as planning
+from replay.cache import Cache, budget
 from replay.data import Data
 from replay.errors import DataError, Grade, QueryError
 from replay.execute import MEMORY, Execution
@@ -18,7 +21,8 @@ from replay.folds import Asked
 from replay.frames import Observers
 from replay.grads import strategy as rates
 from replay.grads.reductions import BLOCK_STEPS
-from replay.identity import sha256
+from replay.grads.stream import COMPILED
+from replay.identity import sha256, threads
 from replay.log import Log
 from replay.progress import progress_bar
 from replay.query.expressions import Expression
@@ -73,6 +77,7 @@ class Asking:
         self.subjects = {subject.name: subject for subject in subjects}
         self._work = work
         self._observers: dict[tuple[str, str, int], Observers] = {}
+        self._caches: dict[tuple, Cache] = {}
         self._warm: set[str] = set()
 
     def joint(self, other: "Asking") -> "Asking":
@@ -226,6 +231,7 @@ class Asking:
         executor: Executor | None = None,
         exact: bool = True,
         strategy: str = "factored",
+        cache: bool = True,
     ) -> list[Result]:
         """Answer several questions in one replay.
 
@@ -236,9 +242,11 @@ class Asking:
             executor: where to replay parts; here by default.
             exact: raise where a replay departs from its run, else report it as the grade.
             strategy: `factored`, or `scan` over samples.
+            cache: whether answers, and what they are put together from, are kept in the run, and
+                taken from there. `REPLAY_CACHE_BYTES` says how much of them, 0 for none.
         """
         nodes = [planning.canonical(expression.plan) for expression in expressions]
-        asked = {name: self._asked(name, memory, strategy) for name in self._names(nodes)}
+        asked = {name: self._asked(name, memory, strategy, cache) for name in self._names(nodes)}
         total = self._steps(nodes, asked)
         with progress_bar("asking", total, progress if total else False) as report:
             execution = Execution(asked, memory=memory, exact=exact, progress=report)
@@ -246,7 +254,9 @@ class Asking:
             if executor is not None:
                 distribute = functools.partial(
                     self._distribute, executor=executor,
-                    options={"memory": memory, "exact": exact, "strategy": strategy},
+                    options={
+                        "memory": memory, "exact": exact, "strategy": strategy, "cache": cache
+                    },
                 )  # fmt: skip
             begun = time.perf_counter()
             answers = execution.answer(nodes, distribute)
@@ -262,22 +272,24 @@ class Asking:
         *expressions: Expression,
         memory: int = MEMORY,
         strategy: str = "factored",
+        cache: bool = True,
         **_: Any,
     ) -> str:
         """Tell what an answer takes, executing nothing."""
         nodes = [planning.canonical(expression.plan) for expression in expressions]
-        asked = {name: self._asked(name, memory, strategy) for name in self._names(nodes)}
+        asked = {name: self._asked(name, memory, strategy, cache) for name in self._names(nodes)}
         return planning.explain(
             nodes,
             {name: one.catalogue for name, one in asked.items()},
             functools.partial(self._rate, asked),
+            Execution(asked).left,
             memory=memory,
         )
 
     def _names(self, nodes: Sequence[Node]) -> list[str]:
         return sorted({scan.run for node in nodes for scan in node.scans()})
 
-    def _asked(self, name: str, memory: int, strategy: str) -> Asked:
+    def _asked(self, name: str, memory: int, strategy: str, cache: bool) -> Asked:
         if strategy not in ("factored", "scan"):
             raise QueryError(
                 f"there is no strategy {strategy!r} for recorded steps",
@@ -301,13 +313,31 @@ class Asking:
             _catalogue(subject, strategy),
             lambda column: _column(subject, column),
             functools.partial(_epochs, log),
+            self._cache(subject, memory, strategy) if cache else None,
+            subject.log.identity,
+            {source: _content(data) for source, data in subject.others.items()},
         )
 
+    def _cache(self, subject: Subject, memory: int, strategy: str) -> Cache | None:
+        """Return where answers are kept, for programs that round as those of this process."""
+        limit = budget()
+        if not limit:
+            return None
+        key = (subject.name, memory, strategy, limit)
+        if key not in self._caches:
+            device = jax.devices()[0]
+            here = (device.platform, device.device_kind, threads(), COMPILED)
+            versions = (jax.__version__, jaxlib.version.__version__, np.__version__)
+            identity = sha256(repr((versions, here, memory, strategy)).encode())
+            self._caches[key] = Cache(subject.log.place, identity, limit)
+        return self._caches[key]
+
     def _steps(self, nodes: Sequence[Node], asked: Mapping[str, Asked]) -> int:
-        total = 0
+        total, left = 0, Execution(asked).left
         for stage in planning.stages(planning.replays(nodes)):
-            for name in sorted({run for root in stage for run in planning.runs_of(root)}):
-                mine = [root for root in stage if name in planning.runs_of(root)]
+            cuts = [cut for root in stage if (cut := left(root)[0]) is not None]
+            for name in sorted({run for root in cuts for run in planning.runs_of(root)}):
+                mine = [root for root in cuts if name in planning.runs_of(root)]
                 passed, reached = planning.union(mine)
                 walk = planning.spans(asked[name].catalogue.checkpoints, passed, reached)
                 total += sum(span.steps for span in walk)
@@ -352,6 +382,8 @@ class Asking:
         if any(planning.constants(node) for node in roots):
             return False
         subject, asked = self.subjects[name], execution.runs[name]
+        if all(execution.course(root).ended for root in roots.values()):
+            return False
         passed, reached = planning.union(list(roots))
         looked = np.union1d(passed, reached)
         workers = getattr(executor, "_max_workers", 4)
@@ -380,14 +412,13 @@ class Asking:
     def part(self, nodes: Sequence[Node], within: range, options: dict[str, Any]) -> Any:
         """Do what another process was asked to: return states, grade and steps."""
         (name,) = self._names(nodes)
-        asked = {name: self._asked(name, options["memory"], options["strategy"])}
+        asked = {name: self._asked(name, options["memory"], options["strategy"], options["cache"])}
         execution = Execution(asked, memory=options["memory"], exact=options["exact"])
         for node in nodes:
             for scan in node.scans():
                 if scan.quantity == "column":
                     execution.value(scan)
-        roots = {node: execution._root(node) for node in nodes}
-        execution.walk((name,), roots, within)
+        roots = execution.replayed((name,), nodes, within=within)
         return [root.state() for root in roots.values()], execution.grade.name, execution.steps
 
     # ---- rates
@@ -456,6 +487,12 @@ def portions(checkpoints: Sequence[int], looked: np.ndarray, workers: int) -> li
         chosen.add(min(edges, key=lambda edge: abs(edge - target)))
     cuts = sorted(chosen)
     return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def _content(data: Data) -> str:
+    """Return a digest of all that other samples hold."""
+    leaves = data.leaves(np.arange(len(data)))
+    return sha256(repr([(x.dtype, x.shape, sha256(x.tobytes())) for x in leaves]).encode())
 
 
 def _all(node: Node) -> list[Node]:

@@ -7,17 +7,22 @@ fixed tree, so that an answer put together by several processes has the bits of 
 
 import contextlib
 import dataclasses
+import functools
 import math
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from replay import grouped
+from replay import grouped, reuse
 from replay import plan as planning
+from replay.cache import Cache, Cell
+from replay.cells import Root
 from replay.errors import Grade, QueryError
-from replay.folds import Asked, Collected, Fold, Labelled, Sampled, rule_of
+from replay.folds import Asked, Collected, Fold, Labelled, Sampled, keys_of, rule_of
 from replay.frames import Frame
 from replay.local import Everything, Known, Local, among
 from replay.query import states
@@ -35,9 +40,11 @@ from replay.query.nodes import (
     restrict,
 )
 from replay.reducing import reduce_now
+from replay.reuse import Course
 from replay.values import Value, aligned, on_host, stacked, without_walk
 
 MEMORY = 2**30
+_KEPT = (Grade.BITWISE, Grade.UNAUDITED)  # and kept with their answers
 
 
 class Answer(NamedTuple):
@@ -81,6 +88,15 @@ class Execution:
         self.grade, self.steps = Grade.BITWISE, 0
         self._keys: dict[Node, list[int]] = {}
         self._places: dict[Node, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._identities = {name: asked.identity for name, asked in runs.items()}
+        self._identities |= {
+            f"{name} {source}": identity
+            for name, asked in runs.items()
+            for source, identity in asked.sources.items()
+        }
+        # States from one to another that were found to be those of the run.
+        self._verified: list[tuple[int, int]] = []
+        self._verifying: list[tuple[int, int]] = []
 
     # ---- questions
 
@@ -174,12 +190,12 @@ class Execution:
         rows = Known(self.value)
         asked = self.runs[next(node.child.scans()).run]
         if walked not in node.over:
-            root: Any = Collected(node, asked)
+            root: Any = Collected(node)
         else:
             root = Fold(node, asked)
         for step in node.child.steps.tolist():
             root.take(rows.at(step, self._ids(node.child, step)))
-        self._keys[node] = root.keys() if isinstance(root, Fold) else []
+        self._keys[node] = root.keys()
         return root.result(lambda: rows.blank(self._ids(node.child, 0)))
 
     def _ids(self, node: Node, step: int) -> np.ndarray | None:
@@ -288,14 +304,14 @@ class Execution:
 
     # ---- replays
 
-    def _root(self, node: Node) -> Any:
+    def _root(self, node: Node) -> Root:
         asked = self.runs[next(node.scans()).run]
         if isinstance(node, Reduce) and not node.walked:
             if grouped.fits(planning.of_samples(node.child), node):
                 return Labelled(node, asked)
             rule = rule_of(node)
             return Fold(node, asked) if rule is None else Sampled(node, asked, rule)
-        return Collected(node, asked)
+        return Collected(node)
 
     def _check(self, node: Node) -> None:
         """Refuse an answer that would not fit, before anything is replayed."""
@@ -351,20 +367,91 @@ class Execution:
             for scan in node.scans():
                 if scan.quantity == "column":
                     self.value(scan)
+        stage = [node for node in stage if not self._recalled(node)]
+        for node in stage:
             self._check(node)
         together: dict[tuple[str, ...], list[Node]] = {}
         for node in stage:
             together.setdefault(planning.runs_of(node), []).append(node)
         for names, nodes in together.items():
-            roots = {node: self._root(node) for node in nodes}
-            if distribute is None or not distribute(self, names, roots):
-                self.walk(names, roots)
+            begun, before = time.perf_counter(), self.steps
+            roots = self.replayed(names, nodes, distribute)
+            seconds = (time.perf_counter() - begun) / len(nodes)
             for node, root in roots.items():
                 self._known[node] = root.result(lambda n=node: self._blank(n))
                 self._keys[node] = root.keys()
+                cache = self._cache(node)
+                if cache is not None and self.steps > before and self.grade in _KEPT:
+                    known = self._known[node], self._keys[node], self.grade
+                    reuse.keep(cache, node, self._identities, *known, seconds)
+
+    def replayed(
+        self,
+        names: tuple[str, ...],
+        nodes: Sequence[Node],
+        distribute: Any = None,
+        within: range | None = None,
+    ) -> dict[Node, Root]:
+        """Return roots that have taken all their steps, or those within a range."""
+        without: dict[Node, frozenset[int]] = {}
+        while True:
+            roots = {node: self._root(node) for node in nodes}
+            try:
+                if distribute is None or not distribute(self, names, roots):
+                    self.walk(names, roots, within, without)
+                return roots
+            except reuse.Lost as lost:
+                node, number = lost.args
+                without[node] = without.get(node, frozenset()) | {number}
+
+    # ---- what is kept already
+
+    def _cache(self, node: Node) -> Cache | None:
+        names = planning.runs_of(node)
+        hidden = {f"{scan.run} {scan.source}" for scan in node.scans() if scan.source}
+        return self.runs[names[0]].cache if hidden <= set(self._identities) else None
+
+    def _recalled(self, node: Node) -> bool:
+        cache = self._cache(node)
+        found = reuse.recall(cache, node, self._identities) if cache is not None else None
+        if found is None:
+            return False
+        self._known[node], self._keys[node], grade = found
+        self.grade = self.grade & grade
+        return True
+
+    def recalled(self, node: Node) -> bool:
+        """Whether the value of a root is kept already."""
+        cache = self._cache(node)
+        return cache is not None and reuse.recall(cache, node, self._identities) is not None
+
+    def course(
+        self, root: Root, within: range | None = None, without: frozenset[int] = frozenset()
+    ) -> Course:
+        """Return which steps of a root are left to replay."""
+        steps = planning.below(root.node).steps
+        if within is not None:
+            steps = steps[(steps >= within.start) & (steps < within.stop)]
+        names = planning.runs_of(root.node)
+        keys = keys_of(root.node, self.runs[names[0]], steps)
+        cache = self._cache(root.node) if len(names) == 1 else None
+        return Course(root, cache, steps, keys, self._identities, without)
+
+    def left(self, node: Node) -> tuple[Node | None, int]:
+        """Return a root cut to the steps that are left to replay, and how many cells are not."""
+        if self.recalled(node):
+            return None, 1
+        course = self.course(self._root(node))
+        return planning.cut(node, course.left), course.reused
+
+    # ---- the walk
 
     def walk(
-        self, names: tuple[str, ...], roots: Mapping[Node, Any], within: range | None = None
+        self,
+        names: tuple[str, ...],
+        roots: Mapping[Node, Root],
+        within: range | None = None,
+        without: Mapping[Node, frozenset[int]] = MappingProxyType({}),
     ) -> None:
         """Replay, and let every root take what it asks about.
 
@@ -372,36 +459,67 @@ class Execution:
             names: of the runs, walked side by side.
             roots: node -> what takes its steps.
             within: only these steps or states.
+            without: node -> cells that are kept, but are to be replayed nevertheless.
+
+        Raises:
+            Lost: a kept cell could not be read.
         """
-        passed, reached = planning.union(list(roots))
-        if within is not None:
-            passed, reached = (
-                x[(x >= within.start) & (x < within.stop)] for x in (passed, reached)
-            )
-        wanted = {}
-        for node in roots:
-            below = planning.below(node)
+        courses, wanted, cuts = {}, {}, []
+        keeper = _Keeper(len(roots))
+        self._verified = []
+        for node, root in roots.items():
+            course = self.course(root, within, without.get(node, frozenset()))
+            courses[node] = course
+            root.closed = functools.partial(keeper.closed, course)
+            left = planning.cut(node, course.left)
+            if left is None:
+                continue
+            below = planning.below(left)
             looked = frozenset(planning.earlier(below).tolist())
-            wanted[node] = (frozenset(below.steps.tolist()), looked, below.walked)
+            wanted[node] = (frozenset(course.left.tolist()), looked, below.walked)
+            cuts.append(left)
+        passed, reached = planning.union(cuts)
         lags: dict[Node, dict] = {node: {} for node in roots}
         walks = [self._frames(name, passed, reached) for name in names]
-        early = all(map(planning.stops_early, roots))
-        with contextlib.ExitStack() as stack:
-            for walk in walks:
-                stack.enter_context(contextlib.closing(walk))
-            for frames in zip(*walks, strict=True):
-                step, has_step = frames[0].step, frames[0].replayed is not None
-                here = dict(zip(names, frames, strict=True))
-                for node, root in roots.items():
-                    steps, looked, walked = wanted[node]
-                    if step not in looked or (walked == "step" and not has_step):
-                        continue
-                    local = Local(here, step, self._known, lags[node])
-                    if step in steps:
-                        root.take(local)
-                    local.remember(planning.below(node))
-                if early and all(root.done() for root in roots.values()):
-                    break
+        early, ended = all(map(planning.stops_early, roots)), False
+        try:
+            with contextlib.ExitStack() as stack:
+                for walk in walks:
+                    stack.enter_context(contextlib.closing(walk))
+                if early:
+                    for node, (steps, *_) in wanted.items():
+                        courses[node].before(min(steps))
+                    if all(courses[node].ended or root.done() for node, root in roots.items()):
+                        walks = []
+                for frames in zip(*walks, strict=True):
+                    step, replayed = frames[0].step, frames[0].replayed
+                    here = dict(zip(names, frames, strict=True))
+                    for node, (steps, looked, walked) in wanted.items():
+                        if step not in looked or (walked == "step" and replayed is None):
+                            continue
+                        local = Local(here, step, self._known, lags[node])
+                        if step in steps:
+                            courses[node].before(step)
+                            if early and roots[node].done():
+                                continue
+                            roots[node].take(local)
+                        local.remember(planning.below(node))
+                    ended = early and all(root.done() for root in roots.values())
+                    if ended:
+                        break
+                    if keeper.waiting:
+                        keeper.audited([*self._verified, *self._verifying])
+            for node, root in roots.items():
+                if not ended:
+                    root.end()
+                root.closed = lambda number, key, cell: None
+                if not (early and root.done()):
+                    courses[node].before(None)
+            keeper.audited(self._verified)
+        finally:
+            for cache in {asked.cache for asked in self.runs.values()} - {None}:
+                assert cache is not None
+                cache.flush()
 
     def _frames(self, name: str, steps: np.ndarray, reached: np.ndarray) -> Generator[Frame]:
         """Yield a frame for every step and state that is asked about, ascending."""
@@ -411,6 +529,7 @@ class Execution:
         for span in planning.spans(asked.catalogue.checkpoints, steps, reached):
             if not span.steps:
                 leaves = asked.replayer.stored(span.start)
+                self._verified.append((span.start, span.start))
                 yield Frame(asked.observers, span.start, leaves, None)
                 continue
             last = None
@@ -418,11 +537,15 @@ class Execution:
             try:
                 for replayed in walk:
                     step, last = replayed.executed.start, replayed
+                    self._verifying = [(span.start, replayed.closed)]
                     self.steps += 1
                     if step in either:
                         yield Frame(asked.observers, step, replayed.executed.before, replayed)
                     self._progress(1)
             finally:  # also where the rest is not asked for any more
+                self._verifying = []
+                if last is not None and not last.deviation:
+                    self._verified.append((span.start, last.closed))
                 if last is not None and last.deviation:
                     self.grade = self.grade & Grade.NUMERIC
                 elif last is None or last.closed != span.stop:
@@ -448,6 +571,33 @@ class Execution:
                 lags[this] = (0, local.value(this.child))
             stack += this.children
         return local
+
+
+class _Keeper:
+    """Cells that wait for the audit of their steps, to be kept after it.
+
+    What nobody has audited is not kept: whoever asks again would not get the grade of a replay.
+    """
+
+    def __init__(self, roots: int):
+        self.waiting: list[tuple[Course, int, int, Cell, float]] = []
+        self._roots, self._begun = roots, time.perf_counter()
+
+    def closed(self, course: Course, number: int, key: int, cell: Cell) -> None:
+        """Take a cell."""
+        now = time.perf_counter()
+        seconds, self._begun = (now - self._begun) / self._roots, now
+        self.waiting.append((course, number, key, cell, seconds))
+
+    def audited(self, verified: Sequence[tuple[int, int]]) -> None:
+        """Keep the cells of steps between states that were found to be those of the run."""
+        waiting, self.waiting = self.waiting, []
+        for one in waiting:
+            course, number, key, cell, seconds = one
+            if course.within(number, verified):
+                course.keep(number, key, cell, seconds)
+            else:
+                self.waiting.append(one)
 
 
 def _multiplied_out(node: Node) -> bool:

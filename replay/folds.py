@@ -1,22 +1,35 @@
 """What the roots of a plan come to along a replay."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from replay import grouped
 from replay import plan as planning
+from replay.cache import Cache, Cell
+from replay.cells import Root
 from replay.frames import Observers
 from replay.grads import reductions as grads
-from replay.grads.reductions import BLOCK_STEPS, Blocks
-from replay.grads.stream import Stream
+from replay.grads.reductions import BLOCK_STEPS
+from replay.grads.stream import Stream, final, merge
 from replay.local import Local
 from replay.query.nodes import RAGGED, Node, Part, Reduce, Scan
-from replay.reducing import dtype_of, finished, inputs, layouts, merger, ranked, stepper
+from replay.reducing import (
+    blank_state,
+    dtype_of,
+    finished,
+    inputs,
+    layouts,
+    merger,
+    ranked,
+    stepper,
+)
 from replay.replaying import Replayer
-from replay.values import Value, fused, none_of, of_part, on_host, stacked
+from replay.values import Value, fused, joined, none_of, of_part, on_host, stacked
 
 
 class Asked(NamedTuple):
@@ -28,6 +41,9 @@ class Asked(NamedTuple):
         catalogue: what a planner knows of it.
         columns: name -> a number for each step.
         epochs: the epoch of each step.
+        cache: where answers are kept; None for nowhere.
+        identity: what decides the bits of the run.
+        sources: what decides those of other samples, by name, as far as it is known.
     """
 
     replayer: Replayer
@@ -35,133 +51,152 @@ class Asked(NamedTuple):
     catalogue: planning.Catalogue
     columns: Callable[[str], np.ndarray]
     epochs: Callable[[np.ndarray], np.ndarray]
+    cache: Cache | None
+    identity: str
+    sources: dict[str, str]
 
 
-class Fold:
-    """The running state of one root that reduces steps.
+class Fold(Root):
+    """The running state of one root that reduces steps."""
 
-    Attributes:
-        node: the reduction.
-    """
+    node: Reduce
 
     def __init__(self, node: Reduce, asked: Asked):
-        self.node, self._asked = node, asked
+        super().__init__(node)
+        self._asked = asked
         self._keyed = node.by is not None and node.by.kind in ("epoch", "window")
         self._shapes, self._result = layouts(node)
         self._programs = [stepper(node, shape) for shape in self._shapes]
         self._starts, _ = fused(ranked(node))
-        self._states: dict[tuple[int, int], Any] = {}
-        self._blocks: dict[tuple[int, int], Blocks] = {}
-        self._block: int | None = None
+        self._states: dict[int, list[Any]] = {}
         self._dtype: Any = None
-
-    def take(self, local: Local) -> None:
-        """Take the values of a step."""
-        values, valid, groups = inputs(self.node, local, self._starts)
-        if self._dtype is None:
-            shapes = tuple((tuple(x.shape), str(x.dtype)) for x in of_part(values, 0))
-            self._dtype = dtype_of(self.node, shapes)
-        block = local.step // BLOCK_STEPS
-        if block != self._block:
-            self.close()
-            self._block = block
-        for i, (init, step) in enumerate(self._programs):
-            arrays, key = of_part(values, i), (_key(self.node, self._asked, local.step), i)
-            if key not in self._states:
-                self._states[key] = init(arrays)
-            self._states[key] = step(self._states[key], arrays, np.int32(local.step), valid, groups)
-
-    def close(self) -> None:
-        """End the present block."""
-        for key, state in self._states.items():
-            if key not in self._blocks:
-                self._blocks[key] = Blocks(merger(self.node, self._dtype))
-            assert self._block is not None
-            self._blocks[key].close(self._block, state)
-        self._states = {}
 
     def done(self) -> bool:
         """Whether no later step can change the answer."""
         if self.node.how not in ("first", "any") or self._keyed:
             return False
-        found = [np.asarray(x) for x in (*self._states.values(), *self._results().values())]
         several = len(self._shapes) > 1 and not set(RAGGED) & set(self.node.over)
+        closed = [leaf for key in self.keys() for part in self.found(key) for leaf in part]
+        found = [np.asarray(x) for x in (*jax.tree.leaves(self._states), *closed)]
         if several or not found or max(x.size for x in found) > 1:
             return False
         return any(bool(x >= 0) if self.node.how == "first" else bool(x) for x in found)
 
-    def state(self) -> Any:
-        """Return what another process can `absorb`."""
-        self.close()
-        nodes = {key: blocks.nodes for key, blocks in self._blocks.items()}
-        return self._dtype, jax.tree.map(np.asarray, nodes)
-
-    def absorb(self, state: Any) -> None:
-        """Take what a later stretch of steps has come to elsewhere."""
-        dtype, nodes = state
-        self._dtype = self._dtype if dtype is None else dtype
-        for key, found in nodes.items():
-            if key not in self._blocks:
-                self._blocks[key] = Blocks(merger(self.node, self._dtype))
-            for node in found:
-                self._blocks[key].push(*node)
-
     def result(self, empty: Callable[[], Any]) -> Value:
         """Return the answer; of no steps at all, that of the blank state."""
-        self.close()
-        found = self._results()
-        keys = sorted({key for key, _ in found})
-        if not found:
-            local = empty()
-            values, _, _ = inputs(self.node, local)
-            shapes = tuple((tuple(x.shape), str(x.dtype)) for x in of_part(values, 0))
-            self._dtype = dtype_of(self.node, shapes)
-            for i, shape in enumerate(self._shapes):
-                found[0, i] = stepper(self.node, shape)[0](of_part(values, i))
-            keys = [0]
-        several = [
-            finished(
-                self.node, self._result, [found[key, i] for i in range(len(self._shapes))],
-                self._dtype, np,
-            )
-            for key in keys
-        ]  # fmt: skip
+        self.end()
+        if self._plain:
+            several = [self._finished(self.found(key), notes["dtype"])
+                       for key, notes in sorted(self._plain.items())]  # fmt: skip
+        else:
+            values, _, _ = inputs(self.node, empty())
+            dtype = self._dtype_of(values)
+            blank = [init(of_part(values, i)) for i, (init, _) in enumerate(self._programs)]
+            several = [self._finished([jax.tree.leaves(state) for state in blank], dtype)]
         if not self._keyed:
             return several[0]
         assert self.node.by is not None
         answer = stacked(self.node.by.dim, several)
-        return answer if self.keys() else none_of(answer, self.node.by.dim)
+        return answer if self._plain else none_of(answer, self.node.by.dim)
 
-    def keys(self) -> list[int]:
-        """Return the epochs or windows that there are."""
-        return sorted({key for key, _ in self._results()})
+    @property
+    def cuts(self) -> bool:  # type: ignore[override]
+        """Whether weights stay apart."""
+        return all("weight" in shape.kept for shape in self._shapes)
 
-    def _results(self) -> dict[tuple[int, int], Any]:
-        return {key: blocks.result() for key, blocks in self._blocks.items()}
+    def whole(
+        self, part: int, plain: dict[str, Any], leaves: list[Any], indices: tuple[int, ...]
+    ) -> list[Any]:
+        """Cut what the whole of a tensor has come to down to chosen weights."""
+        shape = self._shapes[part]
+        blanks = jax.tree.leaves(blank_state(self.node, plain["dtype"]))
+        lead = 1 if shape.rows else 0
+        axis = lead + shape.kept.index("weight")
+        own = [x.ndim - lead - blank.ndim == len(shape.kept)
+               for x, blank in zip(leaves, blanks, strict=True)]  # fmt: skip
+        return [np.take(x, indices, axis) if mine else x
+                for x, mine in zip(leaves, own, strict=True)]  # fmt: skip
+
+    def _take(self, local: Local) -> None:
+        values, valid, groups = inputs(self.node, local, self._starts)
+        if self._dtype is None:
+            self._dtype = self._dtype_of(values)
+        key = _key(self.node, self._asked, local.step)
+        if key not in self._states:
+            self._states[key] = [
+                init(of_part(values, i)) for i, (init, _) in enumerate(self._programs)
+            ]
+        states = self._states[key]
+        for i, (_, step) in enumerate(self._programs):
+            arrays = of_part(values, i)
+            states[i] = step(states[i], arrays, np.int32(local.step), valid, groups)
+
+    def _close(self) -> dict[int, Cell]:
+        found, self._states = self._states, {}
+        plain = {"dtype": str(self._dtype)}
+        return {
+            key: Cell(plain, [jax.tree.leaves(state) for state in states])
+            for key, states in found.items()
+        }
+
+    def _merge(self, part: int) -> Callable[[list[Any], list[Any]], list[Any]]:
+        (dtype, *_) = {notes["dtype"] for notes in self._plain.values()}
+        return merger(self.node, dtype)
+
+    def _finished(self, parts: list[list[Any]], dtype: str) -> Value:
+        tree = jax.tree.structure(blank_state(self.node, dtype))
+        states = [jax.tree.unflatten(tree, leaves) for leaves in parts]
+        return finished(self.node, self._result, states, jnp.dtype(dtype), np)
+
+    def _dtype_of(self, values: list[Value]) -> str:
+        shapes = tuple((tuple(x.shape), str(x.dtype)) for x in of_part(values, 0))
+        return str(dtype_of(self.node, shapes))
 
 
-def _key(node: Reduce, asked: Asked, step: int) -> int:
-    """Return the epoch or window that a step belongs to; 0 where a root tells none apart."""
-    if node.by is None or node.by.kind not in ("epoch", "window"):
-        return 0
+def keys_of(node: Node, asked: Asked, steps: np.ndarray) -> np.ndarray:
+    """Return the epoch or window that each step belongs to; 0 where a root tells none apart."""
+    if not isinstance(node, Reduce) or node.by is None or node.walked:
+        return np.zeros(len(steps), np.int64)
     if node.by.kind == "window":
-        return step // node.by.size
-    return int(asked.epochs(np.asarray([step]))[0])
+        return steps // node.by.size
+    if node.by.kind == "epoch":
+        return np.asarray(asked.epochs(steps), np.int64)
+    return np.zeros(len(steps), np.int64)
 
 
-class Sampled:
+def _key(node: Node, asked: Asked, step: int) -> int:
+    return int(keys_of(node, asked, np.asarray([step]))[0])
+
+
+class Sampled(Root):
     """The running state of a root over the gradients of samples, by rules on their factors."""
 
+    node: Reduce
+    wholes = True
+
     def __init__(self, node: Reduce, asked: Asked, rule: "Rule"):
-        self.node, self._asked, self._rule = node, asked, rule
+        super().__init__(node)
+        self._asked, self._rule = asked, rule
         self._keyed = node.by is not None
-        self._streams: dict[int, Stream] = {}
-        self._samples: dict[int, int] = {}
         tensor = asked.observers.tensor
         self._numbers = [tensor[part.path] for part in rule.scan.tensors]
+        self._streams: dict[int, Stream] = {}
+        self._samples: dict[int, int] = {}
+        if rule.reduction.exact:  # merged in any order, and a ranking that is young changes often
+            self.span = 8 * BLOCK_STEPS
 
-    def take(self, local: Local) -> None:
-        """Take the samples of a step."""
+    def result(self, empty: Callable[[], Any]) -> Value:
+        """Return the answer."""
+        self.end()
+        if not self._plain:
+            return Fold(self.node, self._asked).result(empty)
+        values = [self._read(key) for key in self.keys()]
+        if not self._keyed:
+            return values[0]
+        assert self.node.by is not None
+        return stacked(self.node.by.dim, values)
+
+    def _take(self, local: Local) -> None:
         frame = local.frames[self._rule.scan.run]
         key = _key(self.node, self._asked, local.step)
         if key not in self._streams:
@@ -172,66 +207,68 @@ class Sampled:
         self._streams[key].update(local.step, frame.all_parts(), leaves)
         self._samples[key] = self._samples.get(key, 0) + int(frame.valid.sum())
 
-    def done(self) -> bool:
-        """No step can be the last."""
-        return False
+    def _close(self) -> dict[int, Cell]:
+        found = {}
+        for key in self._samples:
+            cells = self._streams[key].close()
+            layouts = [list(cells[0, number][0]) for number in self._numbers]
+            parts = [jax.tree.leaves(cells[0, number][1]) for number in self._numbers]
+            found[key] = Cell({"samples": [self._samples[key]], "layouts": layouts}, parts)
+        self._samples = {}
+        return found
 
-    def state(self) -> Any:
-        """Return what another process can `absorb`."""
-        return {key: stream.state() for key, stream in self._streams.items()}, self._samples
-
-    def absorb(self, state: Any) -> None:
-        """Take what a later stretch of steps has come to elsewhere."""
-        streams, samples = state
-        for key, cells in streams.items():
-            if key not in self._streams:
-                self._streams[key] = Stream(
-                    (self._rule.reduction,), len(self._asked.observers.tensor), self._numbers
-                )
-            self._streams[key].absorb(cells)
-            self._samples[key] = self._samples.get(key, 0) + samples[key]
-
-    def keys(self) -> list[int]:
-        """Return the epochs or windows that there are."""
-        return sorted(self._streams)
-
-    def result(self, empty: Callable[[], Any]) -> Value:
-        """Return the answer."""
-        if not self._streams:
-            return Fold(self.node, self._asked).result(empty)
-        values = [self._read(key) for key in self.keys()]
-        if not self._keyed:
-            return values[0]
-        assert self.node.by is not None
-        return stacked(self.node.by.dim, values)
+    def _merge(self, part: int) -> Callable[[list[Any], list[Any]], list[Any]]:
+        return _merge_leaves(self._rule.reduction)
 
     def _read(self, key: int) -> Value:
-        (answer,) = self._streams[key].results()
-        chosen = [answer[number] for number in self._numbers]
-        if self._rule.reduction.__class__ is grads.Histogram:
+        reduction, plain = self._rule.reduction, self._plain[key]
+        forms = self._asked.observers.gradients.forms(self._asked.observers.way)
+        chosen = []
+        for number, layout, leaves in zip(
+            self._numbers, plain["layouts"], self.found(key), strict=True
+        ):
+            state = jax.tree.unflatten(_structure(reduction), leaves)
+            chosen.append(final(reduction, forms[number], tuple(layout))(state))
+        if isinstance(reduction, grads.Histogram):
             return Value(("bin",), [np.sum([np.asarray(x, np.int64) for x in chosen], axis=0)])
         size = self._asked.observers.signature.batch_size
         data, fields = [], {"step": [], "number": []}
         for part, found in zip(self._rule.scan.tensors, chosen, strict=True):
-            if isinstance(self._rule.reduction, grads.TopK):
-                values, numbers = (self._flat(part, np.asarray(x), 1) for x in found)
+            if isinstance(reduction, grads.TopK):
+                values, numbers = (_chosen(part, np.asarray(x), 1) for x in found)
                 data.append(values)
                 fields["step"].append(np.where(numbers < 0, -1, numbers // size))
                 fields["number"].append(np.where(numbers < 0, -1, numbers % size))
             else:
-                data.append(self._flat(part, self._after(np.asarray(found), key), 0))
-        ranked = isinstance(self._rule.reduction, grads.TopK)
+                data.append(_chosen(part, self._after(np.asarray(found), key), 0))
+        ranked = isinstance(reduction, grads.TopK)
         return Value(("rank", "weight") if ranked else ("weight",), data, fields if ranked else {})
 
     def _after(self, x: np.ndarray, key: int) -> np.ndarray:
         if self.node.how == "mean":
-            return x / x.dtype.type(self._samples[key])
+            return x / x.dtype.type(self._plain[key]["samples"][0])
         return np.sqrt(x) if self.node.how == "norm" else x
 
-    @staticmethod
-    def _flat(part: Part, x: np.ndarray, lead: int) -> np.ndarray:
-        flat = x.reshape(*x.shape[:lead], -1)
-        return flat if part.indices is None else flat[..., list(part.indices)]
+
+@functools.cache
+def _structure(reduction: Any) -> Any:
+    return jax.tree.structure(jax.eval_shape(lambda: reduction.init((1,), "float32")))
+
+
+@functools.cache
+def _merge_leaves(reduction: Any) -> Callable[[list[Any], list[Any]], list[Any]]:
+    tree = _structure(reduction)
+
+    def join(first, second):
+        states = [jax.tree.unflatten(tree, leaves) for leaves in (first, second)]
+        return jax.tree.leaves(merge(reduction)(*states))
+
+    return jax.jit(join)
+
+
+def _chosen(part: Part, x: np.ndarray, lead: int) -> np.ndarray:
+    flat = x.reshape(*x.shape[:lead], -1)
+    return flat if part.indices is None else flat[..., list(part.indices)]
 
 
 class Rule(NamedTuple):
@@ -273,11 +310,15 @@ def rule_of(node: Node) -> Rule | None:
 class Labelled(grouped.Sums):
     """The running sums of a root over the gradients of samples, by labels."""
 
+    node: Reduce
+    wholes = True
+
     def __init__(self, node: Reduce, asked: Asked):
-        self._asked = asked
+        self._asked, observers = asked, asked.observers
         of, scan = planning.of_samples(node.child) or ("", None)
         assert scan is not None
-        super().__init__(node, of, scan, asked.observers.tensor)
+        numbers = [observers.tensor[part.path] for part in scan.tensors]
+        super().__init__(node, of, scan, numbers, lambda: observers.gradients.forms(observers.way))
 
     def result(self, empty: Callable[[], Any]) -> Value:
         """Return the answer."""
@@ -287,45 +328,65 @@ class Labelled(grouped.Sums):
         return Value(("group", "weight"), totals)
 
 
-class Collected:
+class Collected(Root):
     """The values of a root at every step that is asked about."""
 
-    def __init__(self, node: Node, asked: Asked):
-        self.node = node
-        self._values: list[tuple[int, Value]] = []
+    def __init__(self, node: Node):
+        super().__init__(node)
+        self._values: list[Value] = []
+        self._found: list[Value] = []
 
-    def take(self, local: Local) -> None:
+    def push(self, number: int, key: int, cell: Cell) -> None:
+        """Take the values of a later cell."""
+        names = cell.plain["fields"]
+        data = [arrays[0] for arrays in cell.parts]
+        fields = {name: [x[1 + i] for x in cell.parts] for i, name in enumerate(names)}
+        self._found.append(Value(tuple(cell.plain["dims"]), data, fields))
+
+    def state(self) -> Any:
+        """Return what another process can `absorb`."""
+        self.end()
+        return self._found
+
+    def absorb(self, state: Any) -> None:
+        """Take what later steps have come to elsewhere."""
+        self._found += state
+
+    def result(self, empty: Callable[[], Any]) -> Value:
+        """Return all values, with the dimension that was walked."""
+        self.end()
+        if self._found:
+            return joined(self.node.walked, self._found)
+        blank = on_host(empty().value(self.node))
+        return none_of(stacked(self.node.walked, [blank]), self.node.walked)
+
+    @property
+    def cuts(self) -> bool:  # type: ignore[override]
+        """Whether there are weights."""
+        return "weight" in self.node.dims
+
+    def whole(
+        self, part: int, plain: dict[str, Any], leaves: list[Any], indices: tuple[int, ...]
+    ) -> list[Any]:
+        """Cut what the whole of a tensor has come to down to chosen weights."""
+        return [np.take(x, indices, -1) for x in leaves]
+
+    def _take(self, local: Any) -> None:
         """Keep the value of a step; what is padding is not a number."""
         value = local.value(self.node)
         if "position" in value.dims and not (valid := local.valid(self.node)).all():
             value = _without_padding(on_host(value), valid)
-        self._values.append((local.step, value))
+        self._values.append(value)
         if len(self._values) > 1:  # wait for all but the last
-            step, value = self._values[-2]
-            self._values[-2] = (step, on_host(value))
+            self._values[-2] = on_host(self._values[-2])
 
-    def done(self) -> bool:
-        """No step can be the last."""
-        return False
-
-    def state(self) -> Any:
-        """Return what another process can `absorb`."""
-        return [(step, on_host(value)) for step, value in self._values]
-
-    def absorb(self, state: Any) -> None:
-        """Take what later steps have come to elsewhere."""
-        self._values += state
-
-    def keys(self) -> list[int]:
-        """Return the steps."""
-        return [step for step, _ in self._values]
-
-    def result(self, empty: Callable[[], Any]) -> Value:
-        """Return all values, with the dimension that was walked."""
-        if self._values:
-            return stacked(self.node.walked, [on_host(value) for _, value in self._values])
-        blank = on_host(empty().value(self.node))
-        return none_of(stacked(self.node.walked, [blank]), self.node.walked)
+    def _close(self) -> dict[int, Cell]:
+        values, self._values = [on_host(value) for value in self._values], []
+        whole = stacked(self.node.walked, values)
+        parts = [
+            [x, *(arrays[i] for arrays in whole.fields.values())] for i, x in enumerate(whole.data)
+        ]
+        return {0: Cell({"dims": list(whole.dims), "fields": list(whole.fields)}, parts)}
 
 
 def _without_padding(value: Value, valid: np.ndarray) -> Value:

@@ -8,14 +8,17 @@ on where a range begins.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from replay.grads.gradients import settle
-from replay.grads.reductions import BLOCK_STEPS, Blocks
+from replay.cache import Cell
+from replay.cells import Root
+from replay.grads.gradients import Form, settle
+from replay.grads.reductions import BLOCK_STEPS
 from replay.grads.sources import gradients_of
 from replay.query.nodes import Reduce, Scan
 
@@ -24,42 +27,66 @@ CHUNK = 256
 KEPT_BYTES = 2**26
 
 
-class Sums:
+class Sums(Root):
     """The running sums of one root.
 
     Args:
         node: a sum (or mean) over steps and positions, by labels.
         of: `value`, `magnitude` or `square`.
         scan: the gradients.
-        tensor: number of each tensor by its path.
+        numbers: of the tensors.
+        forms: what is known of the gradients of each tensor.
     """
 
-    def __init__(self, node: Reduce, of: str, scan: Scan, tensor: dict[str, int]):
+    def __init__(
+        self,
+        node: Reduce,
+        of: str,
+        scan: Scan,
+        numbers: Sequence[int],
+        forms: Callable[[], dict[int, Form]],
+    ):
         assert node.by is not None
-        self.node, self._of, self._scan, self._tensor = node, of, scan, tensor
+        super().__init__(node)
+        self._how, self._of, self._scan, self._numbers = node.how, of, scan, list(numbers)
+        self._forms = forms
         self._labels = np.frombuffer(node.by.labels, "<i4")
         self._count = node.by.count
         self._kept: dict[int, list[tuple[Any, np.ndarray]]] = {}
         self._states: dict[int, Any] = {}
         self._layouts: dict[int, tuple[Any, tuple[int, ...]]] = {}
-        self._blocks: dict[int, Blocks] = {}
         self._samples = np.zeros(self._count, np.int64)
         self._step = -1
 
-    def take(self, local: Any) -> None:
-        """Take the samples of a step."""
+    def totals(self) -> list[np.ndarray] | None:
+        """Return the sums, `[labels, weights]` for each part; None where there was no step."""
+        self.end()
+        if not self._plain:
+            return None
+        totals, forms = [], self._forms()
+        samples = np.asarray(self._plain[0]["samples"], np.int64)
+        leaves = self.found(0)
+        rows = zip(self._scan.tensors, self._numbers, self._plain[0]["layouts"], strict=True)
+        for part, (tensor, number, layout) in enumerate(rows):
+            (total,) = leaves[part]
+            total = settle(forms[number], tuple(layout), jnp.asarray(total))
+            flat = np.asarray(total).reshape(self._count, -1)
+            if self._how == "mean":
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    flat = flat / samples[:, None].astype(flat.dtype)
+            totals.append(flat if tensor.indices is None else flat[:, list(tensor.indices)])
+        return totals
+
+    def _take(self, local: Any) -> None:
         frame = local.frames[self._scan.run]
-        if self._step >= 0 and local.step // BLOCK_STEPS != self._step // BLOCK_STEPS:
-            self._close()
-        elif self._step >= 0 and any(
+        if self._step >= 0 and any(
             local.step // every != self._step // every for every in self._every().values()
         ):
             self._flush(local.step)
         self._step = local.step
         ids = frame.ids[frame.valid]
         self._samples += np.bincount(self._labels[ids], minlength=self._count)
-        for part in self._scan.tensors:
-            number = self._tensor[part.path]
+        for number in self._numbers:
             for carried, occurrences in frame.parts(number):
                 if number not in self._layouts:
                     layout = gradients_of(carried.form, carried.payload).layout
@@ -69,45 +96,18 @@ class Sums:
                     (carried.payload, self._labels[frame.ids[rows]])
                 )
 
-    def done(self) -> bool:
-        """No step can be the last."""
-        return False
+    def _close(self) -> dict[int, Cell]:
+        self._flush()
+        if not self._layouts:  # no sample at all
+            return {}
+        layouts = [list(self._layouts[number][1]) for number in self._numbers]
+        plain = {"samples": self._samples.tolist(), "layouts": layouts}
+        parts = [[self._states[number]] for number in self._numbers]
+        self._states, self._samples = {}, np.zeros(self._count, np.int64)
+        return {0: Cell(plain, parts)}
 
-    def state(self) -> Any:
-        """Return what another process can `absorb`."""
-        self._close()
-        nodes = {number: blocks.nodes for number, blocks in self._blocks.items()}
-        return self._layouts, self._samples, jax.tree.map(np.asarray, nodes)
-
-    def absorb(self, state: Any) -> None:
-        """Take what later steps have come to elsewhere."""
-        layouts, samples, nodes = state
-        self._layouts |= layouts
-        self._samples = self._samples + samples
-        for number, found in nodes.items():
-            for node in found:
-                self._blocks.setdefault(number, Blocks(jnp.add)).push(*node)
-
-    def keys(self) -> list[int]:
-        """There are no epochs or windows."""
-        return []
-
-    def totals(self) -> list[np.ndarray] | None:
-        """Return the sums, `[labels, weights]` for each part; None where there was no step."""
-        self._close()
-        if not self._blocks:
-            return None
-        found = []
-        for part in self._scan.tensors:
-            number = self._tensor[part.path]
-            form, layout = self._layouts[number]
-            total = settle(form, layout, jnp.asarray(self._blocks[number].result()))
-            flat = np.asarray(total).reshape(self._count, -1)
-            if self.node.how == "mean":
-                with np.errstate(invalid="ignore", divide="ignore"):
-                    flat = flat / self._samples[:, None].astype(flat.dtype)
-            found.append(flat if part.indices is None else flat[:, list(part.indices)])
-        return found
+    def _merge(self, part: int) -> Callable[[list[Any], list[Any]], list[Any]]:
+        return lambda first, second: [jnp.add(first[0], second[0])]
 
     def _every(self) -> dict[int, int]:
         """Return, for each tensor, the steps that are kept: a power of two, of a block at most."""
@@ -133,13 +133,6 @@ class Sums:
             if number not in self._states:
                 self._states[number] = jnp.zeros((self._count, *layout), form.wide)
             self._states[number] = _add(form, self._of, self._states[number], payload, rows, owners)
-
-    def _close(self) -> None:
-        self._flush()
-        for number, state in self._states.items():
-            blocks = self._blocks.setdefault(number, Blocks(jnp.add))
-            blocks.close(self._step // BLOCK_STEPS, state)
-        self._states = {}
 
 
 def chunked(labels: np.ndarray, count: int, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -290,6 +290,7 @@ class Log:
             )
         payload = only_frame(place.read(HEADER, limit=2**28), f"{place}: {HEADER}")
         self.header = Header.from_plain(payload, place)
+        self._payload = payload
         self.durable = Durable()
         if place.size(JOURNAL) is not None:
             self.durable = Durable.read(place.read(JOURNAL), f"{place}: {JOURNAL}")
@@ -299,6 +300,11 @@ class Log:
         self._cached: collections.OrderedDict[tuple[str, int], np.ndarray] = (
             collections.OrderedDict()
         )
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A digest of all that was known when the run started; no two runs have the same."""
+        return sha256(repr(self._payload).encode())
 
     @functools.cached_property
     def order(self) -> Order | None:

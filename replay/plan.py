@@ -1,7 +1,7 @@
 """Which steps a question replays, from which stored states: pure, and told before anything runs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from replay.query.nodes import (
     Rename,
     Scan,
     Take,
+    restrict,
 )
 
 # What the log itself answers.
@@ -253,6 +254,21 @@ def visits(node: Node) -> tuple[np.ndarray, np.ndarray]:
     return (found, none) if child.walked == "step" else (none, found)
 
 
+def cut(root: Node, steps: np.ndarray) -> Node | None:
+    """Return a root that looks only at some of its steps or states; None where there are none."""
+    looked = below(root)
+    if len(steps) == len(looked.steps):
+        return root if len(steps) else None
+    if not len(steps):
+        return None
+    looked = restrict(looked, looked.walked, steps)
+    return (
+        dataclasses.replace(root, child=looked)
+        if isinstance(root, Reduce) and not root.walked
+        else looked
+    )
+
+
 def below(root: Node) -> Node:
     """Return what a root looks at, at every step."""
     return root.child if isinstance(root, Reduce) and not root.walked else root
@@ -262,6 +278,7 @@ def explain(
     questions: Sequence[Node],
     catalogues: dict[str, Catalogue],
     rate: Any,
+    left: Callable[[Node], tuple[Node | None, int]],
     *,
     memory: int,
 ) -> str:
@@ -271,6 +288,7 @@ def explain(
         questions: canonical plans.
         catalogues: of the runs.
         rate: `rate(roots, run) -> (trainings of a step that a replayed step takes, measured)`.
+        left: root -> the root cut to what is left to replay, and how many kept cells it reuses.
         memory: bytes that an answer may take.
     """
     lines = []
@@ -291,7 +309,12 @@ def explain(
                 together.setdefault(runs_of(root), []).append(root)
             for names, mine in together.items():
                 bound = "up to " if all(map(stops_early, mine)) or taken & set(mine) else ""
-                for name in names:
+                cuts = [left(root) for root in mine]
+                mine = [root for root, _ in cuts if root is not None]
+                reused = sum(count for _, count in cuts)
+                if reused:
+                    lines.append(f"kept from earlier questions: {reused} parts of the answer")
+                for name in names if mine or not reused else ():
                     told, seconds = _replay(mine, catalogues[name], bound, rate)
                     lines, total = [*lines, *told], total + seconds
     lines.append(f"memory limit {memory / 2**20:,.0f} MiB; about {total:.2g} s in all")
@@ -330,7 +353,8 @@ def _replay(
 
 def union(stage: Sequence[Node]) -> tuple[np.ndarray, np.ndarray]:
     """Return all steps that the roots of a stage pass, and all states they reach."""
-    both = [visits(root) for root in stage]
+    none = (np.zeros(0, np.int64),) * 2
+    both = [none, *(visits(root) for root in stage)]
     return tuple(  # type: ignore[return-value]
         np.unique(np.concatenate([pair[i] for pair in both])) for i in range(2)
     )

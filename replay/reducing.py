@@ -197,9 +197,23 @@ def ranked(node: Reduce) -> Node:
 
 
 @functools.cache
-def merger(node: Reduce, dtype: Any) -> Callable[[Any, Any], Any]:
-    """Return what joins the state of earlier steps with that of later ones."""
-    return jax.jit(states.reduction(node.how, node.options, dtype).merge)
+def blank_state(node: Reduce, dtype: str) -> Any:
+    """Return shapes and dtypes of the state of a reduction that keeps no dimension."""
+    reduction = states.reduction(node.how, node.options, jnp.dtype(dtype))
+    return jax.eval_shape(lambda: reduction.init((), jnp.dtype(dtype)))
+
+
+@functools.cache
+def merger(node: Reduce, dtype: str) -> Callable[[list[Any], list[Any]], list[Any]]:
+    """Return what joins the leaves of the state of earlier steps with those of later ones."""
+    tree = jax.tree.structure(blank_state(node, dtype))
+    merge = states.reduction(node.how, node.options, jnp.dtype(dtype)).merge
+
+    def join(first, second):
+        both = [jax.tree.unflatten(tree, leaves) for leaves in (first, second)]
+        return jax.tree.leaves(merge(*both))
+
+    return jax.jit(join)
 
 
 @functools.cache
@@ -241,8 +255,9 @@ def finished(node: Reduce, result_dims, per_part: list[Any], dtype: Any, xp: Any
     kind = node.by.kind if node.by else ""
     parted = kind in ("tensor", "unit")
     if set(RAGGED) & set(node.over) and not parted and len(per_part) > 1:
-        merge = merger(node, dtype)
-        per_part = [functools.reduce(merge, per_part)]
+        merge = merger(node, str(dtype))
+        leaves = functools.reduce(merge, map(jax.tree.leaves, per_part))
+        per_part = [jax.tree.unflatten(jax.tree.structure(per_part[0]), leaves)]
     read = [reduction.final(state, xp) for state in per_part]
     wanted = ordered(result_dims)
     order = [result_dims.index(dim) for dim in wanted]

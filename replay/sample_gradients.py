@@ -86,6 +86,10 @@ class SampleGradients:
         where = {number: group.strategy for group, _ in self._way(way) for number in group.tensors}
         return {name: where[number] for number, name in enumerate(self.names)}
 
+    def forms(self, way: str) -> dict[int, Form]:
+        """Return what is known of the gradients of each tensor before there are any."""
+        return {n: x.form for group, _ in self._way(way) for n, x in group.tensors.items()}
+
     def parts(self, replayed: Replayed, way: str) -> Iterator[tuple]:
         """Yield `(group, payloads, occurrences)` of a step, padding left out.
 

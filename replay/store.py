@@ -378,6 +378,124 @@ def lay_out(place: Place, group: str, specs: Sequence[ArraySpec], **attributes: 
         place.write(f"{spec.name}/zarr.json", json.dumps(spec.metadata()).encode())
 
 
+class KeyValues:
+    """Values that may be lost, by name, in a folder of a run: replaced whole, never waited for.
+
+    Args:
+        place: the run.
+        folder: in it.
+    """
+
+    def __init__(self, place: Place, folder: str):
+        self._place, self._folder = place, folder
+        spec = place.kvstore(folder)
+        self._kv = tensorstore.KvStore.open(
+            {**spec, "file_io_sync": False} if spec["driver"] == "file" else spec, context=_CONTEXT
+        ).result()
+
+    def read(self, names: Sequence[str]) -> list[bytes | None]:
+        """Return values, None for what is not there or cannot be read."""
+        found: list[bytes | None] = []
+        for future in [self._kv.read(name) for name in names]:
+            try:
+                result = future.result()
+                found.append(bytes(result.value) if result.state == "value" else None)
+            except (ValueError, OSError):
+                found.append(None)
+        return found
+
+    def write(self, name: str, value: bytes) -> None:
+        """Write a value, all or nothing.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        try:
+            self._kv.write(name, value).result()
+        except ValueError as error:
+            raise OSError(f"{self._folder}/{name}: {_short(error)}") from error
+
+    def delete(self, name: str) -> None:
+        """Delete a value, or all below a name that ends with a slash."""
+        try:
+            if name.endswith("/") and self._place.path is not None:
+                shutil.rmtree(self._place.path / self._folder / name, ignore_errors=True)
+            elif name.endswith("/"):
+                self._kv.delete_range(_below(name)).result()
+            else:
+                self._kv.write(name, None).result()
+        except (ValueError, OSError):  # somebody else is at it, or nothing can be deleted here
+            return
+
+    def names(self, below: str = "") -> list[str]:
+        """Return the names of all values below a name that ends with a slash."""
+        try:
+            keys = self._kv.list(_below(below) if below else None).result()
+        except (ValueError, OSError):
+            return []
+        return [key.decode(errors="replace") for key in keys]
+
+    def write_arrays(
+        self, name: str, arrays: Sequence[tuple[np.ndarray, Sequence[str], dict]], attributes: dict
+    ) -> None:
+        """Write a zarr group of arrays called 0, 1, ... with dimensions and attributes.
+
+        The metadata of the group is written last: without it nothing is there.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        try:
+            writes = []
+            for i, (array, dims, notes) in enumerate(arrays):
+                array = np.asarray(array)
+                chunk = tuple(max(n, 1) for n in array.shape)
+                spec = ArraySpec(
+                    f"{name}/{i}", array.shape, chunk, str(array.dtype), tuple(dims),
+                    attributes=notes,
+                )  # fmt: skip
+                stored = array.view(_STORED_AS.get(spec.dtype, array.dtype))
+                request = self._request(f"{name}/{i}") | {"metadata": spec.metadata()}
+                writes.append(
+                    tensorstore.open(
+                        request, create=True, delete_existing=True, context=_CONTEXT
+                    ).result().write(stored)
+                )  # fmt: skip
+            for write in writes:
+                write.result()
+        except ValueError as error:
+            raise OSError(f"{self._folder}/{name}: {_short(error)}") from error
+        top = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+        self.write(f"{name}/zarr.json", json.dumps(top).encode())
+
+    def read_arrays(self, name: str, count: int) -> list[np.ndarray] | None:
+        """Return the arrays of a group; None where they cannot be read."""
+        try:
+            opened = [
+                tensorstore.open(self._request(f"{name}/{i}"), open=True, context=_CONTEXT)
+                for i in range(count)
+            ]
+            reads = [one.result().read() for one in opened]
+            return [np.asarray(read.result()) for read in reads]
+        except (ValueError, OSError):
+            return None
+
+    def _request(self, name: str) -> dict[str, Any]:
+        spec = self._place.kvstore(f"{self._folder}/{name}")
+        spec = {**spec, "file_io_sync": False} if spec["driver"] == "file" else spec
+        return {
+            "driver": "zarr3",
+            "kvstore": spec,
+            "store_data_equal_to_fill_value": True,
+            "fill_missing_data_reads": False,
+        }
+
+
+def _below(name: str) -> Any:
+    # "0" follows "/": the range holds what lies below the folder and nothing else.
+    return tensorstore.KvStore.KeyRange(name, name[:-1] + "0")
+
+
 def _short(error: Exception) -> str:
     return str(error).split(" [")[0].splitlines()[0][:600]
 

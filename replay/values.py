@@ -106,6 +106,17 @@ def stacked(dim: str, values: Sequence[Value]) -> Value:
     return Value(wanted, join([value.data for value in values]), fields)
 
 
+def joined(dim: str, values: Sequence[Value]) -> Value:
+    """Join values along a dimension that they have."""
+    axis = values[0].dims.index(dim)
+
+    def join(lists):
+        return [np.concatenate(parts, axis) for parts in zip(*lists, strict=True)]
+
+    fields = {name: join([value.fields[name] for value in values]) for name in values[0].fields}
+    return Value(values[0].dims, join([value.data for value in values]), fields)
+
+
 def none_of(value: Value, dim: str) -> Value:
     """Return the same without any entry of a dimension."""
     none = (*[slice(None)] * value.dims.index(dim), slice(0, 0))

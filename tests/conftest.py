@@ -1,6 +1,7 @@
 """Settings of every test: strict promotion, reproducible examples, GPU tests only on a GPU."""
 
 import functools
+import os
 
 import flax.linen
 import flax.nnx
@@ -8,6 +9,9 @@ import hypothesis
 import jax
 import optax
 import pytest
+
+# Answers come from replays, except where a test is about what is kept.
+os.environ["REPLAY_CACHE_BYTES"] = "0"
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

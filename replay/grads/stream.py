@@ -18,6 +18,9 @@ from replay.grads.reductions import BLOCK_STEPS, Blocks, Column, Dot, Norm, Redu
 from replay.grads.sources import Group, gradients_of
 from replay.kernels import top_k
 
+# Whether rankings are had by a compiled kernel where that is faster.
+COMPILED = top_k.compiled is not None
+
 
 class Stream:
     """Running states of reductions over steps that come in ascending order.
@@ -35,7 +38,6 @@ class Stream:
         self._only = frozenset(range(tensors) if only is None else only)
         self._block: int | None = None
         self._cells: dict[tuple[int, int], _Cell] = {}
-        self._absorbed: dict[tuple[int, int], tuple[Form, Any, Blocks]] = {}
         self._columns: dict[int, list[Any]] = {
             i: [] for i, r in enumerate(self.reductions) if isinstance(r, Norm | Dot)
         }
@@ -76,23 +78,15 @@ class Stream:
         for i, columns in looked.items():
             self._columns[i].append([columns[number] for number in range(self._tensors)])
 
-    def state(self) -> dict[tuple[int, int], Any]:
-        """Return the running states, for another process to `absorb`; columns left out."""
-        return {key: cell.state(self._block) for key, cell in self._cells.items()}
-
-    def absorb(self, state: dict[tuple[int, int], Any]) -> None:
-        """Take what later steps have come to elsewhere."""
-        for key, (form, layout, nodes) in state.items():
-            if key not in self._absorbed:
-                merge = _merge(self.reductions[key[0]])
-                self._absorbed[key] = (form, layout, Blocks(merge))
-            for node in nodes:
-                self._absorbed[key][2].push(*node)
+    def close(self) -> dict[tuple[int, int], tuple[tuple[int, ...], Any]]:
+        """Return `(layout, state)` of each reduction and tensor, and begin again from blanks."""
+        found = {}
+        for place, cell in self._cells.items():
+            found[place] = (cell.layout, cell.state)
+            cell.state = None
+        return found
 
     def _result(self, i: int, number: int) -> Any:
-        if (i, number) in self._absorbed:
-            form, layout, blocks = self._absorbed[i, number]
-            return _final(self.reductions[i], form, layout)(blocks.result())
         cell = self._cells.get((i, number))
         return None if cell is None else cell.result(self._block)
 
@@ -124,44 +118,36 @@ class _Cell:
         self._reduction, self._form = reduction, group.tensors[number].form
         self._group, self._number = group, number
         self._step = _step(reduction, group, number)
-        self._blocks = Blocks(_merge(reduction))
-        self._layout: tuple[int, ...] | None = None
+        self._blocks = Blocks(merge(reduction))
+        self.layout: tuple[int, ...] | None = None
         self._on_host = False
         self.exact = reduction.exact
-        self._state: Any = None
+        self.state: Any = None
 
     def take(self, payload: Any, leaves: Sequence[Any], occurrences: Any) -> None:
-        if self._layout is None:
+        if self.layout is None:
             look = _layout(self._reduction, self._group, self._number)
-            self._layout, self._on_host = look(payload, leaves)
-        if self._state is None:
-            self._state = _init(self._reduction, self._layout, str(self._form.wide))()
+            self.layout, self._on_host = look(payload, leaves)
+        if self.state is None:
+            self.state = _init(self._reduction, self.layout, str(self._form.wide))()
             if self._on_host:
-                self._state = tuple(np.array(x) for x in self._state)
+                self.state = tuple(np.array(x) for x in self.state)
         if self._on_host:
             factors = _factors_on_host(self._form, payload)
-            self._state = self._reduction.step_on_host(self._state, factors, occurrences)
+            self.state = self._reduction.step_on_host(self.state, factors, occurrences)
         else:
-            self._state = self._step(self._state, payload, leaves, occurrences)
+            self.state = self._step(self.state, payload, leaves, occurrences)
 
     def close(self, block: int | None) -> None:
-        if self._state is not None and block is not None:
-            self._blocks.close(block, self._state)
-        self._state = None
-
-    def state(self, block: int | None) -> tuple[Form, Any, list]:
-        nodes = self._with_open(block).nodes
-        return self._form, self._layout, jax.tree.map(np.asarray, nodes)
-
-    def _with_open(self, block: int | None) -> Blocks:
-        blocks = self._blocks.copy()
-        if self._state is not None and block is not None:
-            blocks.close(block, self._state)
-        return blocks
+        if self.state is not None and block is not None:
+            self._blocks.close(block, self.state)
+        self.state = None
 
     def result(self, block: int | None) -> Any:
-        blocks = self._with_open(block)
-        answer = _final(self._reduction, self._form, self._layout)(blocks.result())
+        blocks = self._blocks.copy()
+        if self.state is not None and block is not None:
+            blocks.close(block, self.state)
+        answer = final(self._reduction, self._form, self.layout)(blocks.result())
         # JAX may read numpy's memory after the call returns, and the kernel writes into it again.
         return jax.block_until_ready(answer) if self._on_host else answer
 
@@ -213,12 +199,14 @@ def _init(reduction: Any, layout: tuple[int, ...], dtype: str) -> Callable[[], A
 
 
 @functools.cache
-def _merge(reduction: Any) -> Callable[[Any, Any], Any]:
+def merge(reduction: Any) -> Callable[[Any, Any], Any]:
+    """Return what joins the states of earlier and of later samples."""
     return jax.jit(reduction.merge)
 
 
 @functools.cache
-def _final(reduction: Any, form: Form, layout: tuple[int, ...]) -> Callable[[Any], Any]:
+def final(reduction: Any, form: Form, layout: tuple[int, ...]) -> Callable[[Any], Any]:
+    """Return what turns a state into the answer, in the shape of the tensor."""
     return jax.jit(lambda state: reduction.final(form, layout, state))
 
 
@@ -249,7 +237,7 @@ def _layout(reduction: Any, group: Group, number: int) -> Callable[..., tuple]:
 
         jax.eval_shape(probe, payload, leaves)
         layout, short = found[0]
-        plain = isinstance(reduction, TopK) and reduction.plain and top_k.compiled is not None
+        plain = isinstance(reduction, TopK) and reduction.plain and COMPILED
         return layout, plain and short and jax.default_backend() == "cpu"
 
     return look

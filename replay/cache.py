@@ -1,0 +1,430 @@
+"""Answers, and what they were put together from, kept in a run so that nobody replays them twice.
+
+```
+cache/
+  cells/FAMILY/TENSORS/parts       what the cells of this folder are of
+  cells/FAMILY/TENSORS/CELL        what the steps of one aligned cell have come to
+  answers/KEY/                     a zarr group: the value of one root of a plan
+```
+
+Everything carries a keyed digest. The key belongs to a user and never leaves the machine, so that
+what a stranger has put into a run is as good as missing, and so is what has been damaged. Deleting
+any of it loses only time.
+"""
+
+import concurrent.futures
+import contextlib
+import hmac
+import json
+import os
+import pathlib
+import secrets
+import struct
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  # numpy knows bfloat16 by its name from then on
+import msgpack
+import numpy as np
+
+from replay.errors import DataError
+from replay.identity import sha256
+from replay.store import KeyValues, Place
+
+BUDGET = 2**30
+_TAG = 32
+_VERSION = 1
+
+
+class Entry(NamedTuple):
+    """Something that is kept.
+
+    Attributes:
+        kind: `answer` or `cells`.
+        name: its folder.
+        about: the plan.
+        bytes: what it takes.
+        seconds: what it took to compute.
+        count: how many files or arrays it consists of.
+    """
+
+    kind: str
+    name: str
+    about: str
+    bytes: int
+    seconds: float
+    count: int
+
+
+class Cell(NamedTuple):
+    """What some steps have come to.
+
+    Attributes:
+        plain: what msgpack can hold.
+        parts: arrays, by tensor.
+    """
+
+    plain: dict[str, Any]
+    parts: list[list[Any]]
+
+
+def budget() -> int:
+    """Return the bytes that the cache of a run may take: `REPLAY_CACHE_BYTES`, 0 for none.
+
+    Raises:
+        DataError: it is no number.
+    """
+    text = os.environ.get("REPLAY_CACHE_BYTES", "")
+    if text and not text.isdecimal():
+        raise DataError(
+            f"REPLAY_CACHE_BYTES is {text!r}",
+            why="it is the number of bytes that a run's cache may take",
+            fix=f"a number such as {BUDGET}, or 0 for no cache",
+        )
+    return int(text) if text else BUDGET
+
+
+class Cache:
+    """The cache of one run.
+
+    Args:
+        place: the run.
+        identity: all that decides the bits of an answer besides its plan.
+        limit: bytes that it may take.
+    """
+
+    def __init__(self, place: Place, identity: str, limit: int):
+        self._identity, self._limit, self._secret = identity, limit, _secret()
+        self._cells = KeyValues(place, "cache/cells")
+        self._answers = KeyValues(place, "cache/answers")
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "replay-cache")
+        self._writing: list[concurrent.futures.Future] = []
+        self._written, self._size = 0, -1
+        self._broken = False
+        self._lock = threading.Lock()
+
+    # ---- cells
+
+    def shelf(self, family: str, parts: Sequence[str], about: str, *, cuts: bool) -> "Shelf":
+        """Return where the cells of one root are.
+
+        Args:
+            family: its plan, without steps and, where its tensors are told apart, without those.
+            parts: its tensors; `/` ends the path of one of which all weights are taken.
+            about: the plan as it is shown.
+            cuts: whether chosen weights of a tensor can be cut out of the whole of it.
+        """
+        key = sha256(repr((_VERSION, self._identity, family)).encode())[:32]
+        return Shelf(self, key, list(parts), about, cuts)
+
+    def write(self, keys: KeyValues, name: str, value: bytes) -> None:
+        """Write something beside the replay; what cannot be written is not kept."""
+        self._submit(len(value), lambda: keys.write(name, value))
+
+    def _submit(self, size: int, write: Any) -> None:
+        if self._broken or size > self._limit // 4:
+            return
+
+        def run():
+            try:
+                write()
+            except OSError:
+                self._broken = True
+
+        with self._lock:
+            while len(self._writing) > 3:
+                self._writing.pop(0).result()
+            self._written += size
+            self._writing.append(self._thread.submit(run))
+
+    def flush(self) -> None:
+        """Wait until all is written, and make room where the budget is exceeded."""
+        with self._lock:
+            writing, self._writing = self._writing, []
+            written, self._written = self._written, 0
+        for one in writing:
+            one.result()
+        if not written or self._broken:
+            return
+        if self._size < 0 or self._size + written > self._limit:
+            self._size = self._evict()
+        else:
+            self._size += written
+
+    def _evict(self) -> int:
+        """Delete what saves the least per byte, and return the bytes that are left."""
+        cells = [
+            (f"cells/{name}", *sizes)
+            for name in self._cells.names()
+            if (sizes := _sizes(name.rsplit("/", 1)[-1]))
+        ]
+        answers = [
+            (f"answers/{entry.name}", entry.bytes, entry.seconds) for entry in self._all_answers()
+        ]
+        found = sorted([*cells, *answers], key=lambda x: x[2] / max(x[1], 1))
+        total = sum(size for _, size, _ in found)
+        for name, size, _ in found:
+            if total <= self._limit * 3 // 4:  # so that the next few answers find room
+                break
+            kind, _, rest = name.partition("/")
+            if kind == "cells":
+                self._cells.delete(rest)
+            else:
+                self._answers.delete(f"{rest}/zarr.json")
+                self._answers.delete(f"{rest}/")
+            total -= size
+        return total
+
+    # ---- answers
+
+    def answer(self, plan: str) -> tuple[dict[str, Any], list[np.ndarray]] | None:
+        """Return what was kept for a plan: plain data and arrays."""
+        name = self._name(plan)
+        (top,) = self._answers.read([f"{name}/zarr.json"])
+        notes = _notes(top)
+        if notes is None:
+            return None
+        arrays = self._answers.read_arrays(name, len(notes["arrays"]))
+        if arrays is None:
+            return None
+        try:
+            arrays = [x.view(np.dtype(d)) for x, d in zip(arrays, notes["arrays"], strict=True)]
+            tag = self._tag(name, json.dumps(notes["plain"]).encode(), *arrays)
+        except (TypeError, ValueError):
+            return None
+        if not hmac.compare_digest(tag.hex(), str(notes["tag"])):
+            return None
+        return notes["plain"], arrays
+
+    def keep(
+        self,
+        plan: str,
+        plain: dict[str, Any],
+        arrays: Sequence[tuple[np.ndarray, Sequence[str], dict]],
+        *,
+        about: str,
+        seconds: float,
+    ) -> None:
+        """Keep the value of a plan.
+
+        Args:
+            plan: all of it.
+            plain: what JSON can hold.
+            arrays: with the names of their dimensions, and notes.
+            about: the plan as it is shown.
+            seconds: what it took.
+        """
+        name = self._name(plan)
+        values = [np.ascontiguousarray(array).reshape(np.shape(array)) for array, *_ in arrays]
+        plain = json.loads(json.dumps(plain))
+        notes = {
+            "plan": about,
+            "arrays": [str(x.dtype) for x in values],
+            "plain": plain,
+            "bytes": sum(x.nbytes for x in values),
+            "seconds": seconds,
+            "tag": self._tag(name, json.dumps(plain).encode(), *values).hex(),
+        }
+        dims = [x[1:] for x in arrays]
+        whole = [(x, *more) for x, more in zip(values, dims, strict=True)]
+        self._submit(notes["bytes"], lambda: self._answers.write_arrays(name, whole, notes))
+
+    def _name(self, plan: str) -> str:
+        return sha256(repr((_VERSION, self._identity, plan)).encode())[:32]
+
+    def _tag(self, name: str, *parts: Any) -> bytes:
+        """Return the keyed digest of bytes and arrays under a name."""
+        digest = hmac.new(self._secret, f"{self._identity} {name} ".encode(), "sha256")
+        for part in parts:
+            if isinstance(part, np.ndarray):
+                digest.update(f"{part.dtype} {part.shape} ".encode())
+                part = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+            digest.update(part)
+        return digest.digest()
+
+    # ---- all of it
+
+    def _all_answers(self) -> list[Entry]:
+        names = [x[: -len("/zarr.json")] for x in self._answers.names() if x.count("/") == 1]
+        tops = self._answers.read([f"{name}/zarr.json" for name in names])
+        return [
+            Entry(
+                "answer", name, str(notes["plan"]), int(notes["bytes"]), float(notes["seconds"]),
+                len(notes["arrays"]),
+            )
+            for name, top in zip(names, tops, strict=True)
+            if (notes := _notes(top)) is not None
+        ]  # fmt: skip
+
+    def entries(self) -> list[Entry]:
+        """Return all that is kept, of this and of other identities, what saves the most first."""
+        folders: dict[str, list[tuple[int, float]]] = {}
+        for name in self._cells.names():
+            folder, _, last = name.rpartition("/")
+            if sizes := _sizes(last):
+                folders.setdefault(folder, []).append(sizes)
+        found = self._all_answers()
+        for folder, cells in folders.items():
+            (packed,) = self._cells.read([f"{folder}/parts"])
+            about = _unpacked(packed[_TAG:])["about"] if packed else ""
+            found.append(
+                Entry("cells", folder, str(about), sum(n for n, _ in cells),
+                      sum(s for _, s in cells), len(cells))
+            )  # fmt: skip
+        return sorted(found, key=lambda entry: -entry.seconds)
+
+    def clear(self) -> None:
+        """Delete all of it."""
+        for keys in (self._cells, self._answers):
+            for folder in {name.partition("/")[0] for name in keys.names()}:
+                keys.delete(f"{folder}/")
+
+
+class Shelf:
+    """The cells of one root, and of roots that hold its tensors among others."""
+
+    def __init__(self, cache: Cache, family: str, parts: list[str], about: str, cuts: bool):
+        self._cache, self._keys, self._family = cache, cache._cells, family
+        self._parts, self._about, self._cuts = parts, about, cuts
+        self._own = sha256(repr(parts).encode())[:32]
+        self._labelled = False
+
+    def there(self) -> dict[str, list[tuple[str, list[tuple[int, bool]]]]]:
+        """Return cell -> where it can be read: a file, and the places of the tensors in it."""
+        folders: dict[str, list[str]] = {}
+        for name in self._keys.names(f"{self._family}/"):
+            _, folder, last = name.split("/") if name.count("/") == 2 else ("", "", "")
+            if folder:
+                folders.setdefault(folder, []).append(last)
+        found: dict[str, list[tuple[str, list[tuple[int, bool]]]]] = {}
+        for folder in sorted(folders, key=lambda x: x != self._own):
+            places = self._places(folder)
+            for last in folders[folder] if places is not None else ():
+                if _sizes(last):
+                    path = f"{self._family}/{folder}/{last}"
+                    found.setdefault(last.partition("~")[0], []).append((path, places or []))
+        return found
+
+    def _places(self, folder: str) -> list[tuple[int, bool]] | None:
+        """Return where the tensors stand in the cells of a folder, and whether in full."""
+        if folder == self._own:
+            return [(i, False) for i in range(len(self._parts))]
+        name = f"{self._family}/{folder}/parts"
+        (packed,) = self._keys.read([name])
+        if packed is None or not hmac.compare_digest(
+            packed[:_TAG], self._cache._tag(name, packed[_TAG:])
+        ):
+            return None
+        there = {part: i for i, part in enumerate(_unpacked(packed[_TAG:])["parts"])}
+        places = []
+        for part in self._parts:
+            whole = part.partition("/ ")[0] + "/ "
+            if part not in there and not (self._cuts and whole in there):
+                return None
+            places.append((there[part], False) if part in there else (there[whole], True))
+        return places
+
+    def read(self, where: tuple[str, list[tuple[int, bool]]]) -> Cell | None:
+        """Return a cell; None where it is gone, damaged or somebody else's.
+
+        The second of each place tells that all weights of a tensor are there, and not only those
+        that are asked for.
+        """
+        path, places = where
+        (packed,) = self._keys.read([path])
+        if packed is None or len(packed) < _TAG + 4:
+            return None
+        body = memoryview(packed)[_TAG:]
+        if not hmac.compare_digest(packed[:_TAG], self._cache._tag(path, body)):
+            return None
+        (length,) = struct.unpack_from("<I", body)
+        head = _unpacked(bytes(body[4 : 4 + length]))
+        at, parts = 4 + length, []
+        for specs in head["parts"]:
+            arrays = []
+            for dtype, shape in specs:
+                count = int(np.prod(shape, dtype=np.int64))
+                array = np.frombuffer(body, np.dtype(dtype), count, at).reshape(shape)
+                at += array.nbytes
+                arrays.append(array)
+            parts.append(arrays)
+        return Cell(head["plain"], [parts[i] for i, _ in places] if places else parts)
+
+    def write(self, cell: str, what: Cell, seconds: float) -> None:
+        """Keep a cell."""
+        if not self._labelled:
+            self._labelled = True
+            name = f"{self._family}/{self._own}/parts"
+            packed = _packed({"parts": self._parts, "about": self._about})
+            self._cache.write(self._keys, name, self._cache._tag(name, packed) + packed)
+        parts = [[np.ascontiguousarray(x).reshape(np.shape(x)) for x in p] for p in what.parts]
+        specs = [[(str(x.dtype), x.shape) for x in arrays] for arrays in parts]
+        head = _packed({"plain": what.plain, "parts": specs})
+        raw = [x.reshape(-1).view(np.uint8).data for arrays in parts for x in arrays if x.size]
+        body = b"".join([struct.pack("<I", len(head)), head, *raw])
+        size, spent = _TAG + len(body), max(1, round(seconds * 1e3))
+        path = f"{self._family}/{self._own}/{cell}~{size}~{spent}"
+        self._cache.write(self._keys, path, self._cache._tag(path, body) + body)
+
+
+def _sizes(last: str) -> tuple[int, float] | None:
+    """Return the bytes and seconds that stand in the name of a cell.
+
+    >>> _sizes("0-ff~120~1500")
+    (120, 1.5)
+    """
+    _, *numbers = last.split("~")
+    if len(numbers) != 2 or not all(x.isdecimal() for x in numbers):
+        return None
+    return int(numbers[0]), int(numbers[1]) / 1e3
+
+
+def _packed(plain: dict[str, Any]) -> bytes:
+    packed = msgpack.packb(plain)
+    assert packed is not None
+    return packed
+
+
+def _unpacked(packed: bytes) -> dict[str, Any]:
+    found: Any = None
+    with contextlib.suppress(ValueError, msgpack.exceptions.UnpackException):
+        found = msgpack.unpackb(packed)
+    known = isinstance(found, dict) and "parts" in found
+    return found if known else {"parts": [], "about": "", "plain": {}}
+
+
+def _notes(top: bytes | None) -> dict[str, Any] | None:
+    try:
+        notes = json.loads(top or b"")["attributes"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    wanted = {"plan", "arrays", "plain", "bytes", "seconds", "tag"}
+    return notes if isinstance(notes, dict) and wanted <= set(notes) else None
+
+
+def _secret() -> bytes:
+    """Return the key of this user on this machine, made when it is first asked for."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = pathlib.Path(home, "jax-replay", "secret")
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            found = path.read_bytes()
+            if len(found) == 32:
+                return found
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mine = path.with_name(f"secret.{secrets.token_hex(8)}")
+            with open(os.open(mine, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(32))
+            try:
+                os.link(mine, path)  # nobody sees half of it, and the first one wins
+            except FileExistsError:
+                if path.stat().st_size != 32:
+                    os.replace(mine, path)
+            finally:
+                mine.unlink(missing_ok=True)
+    return _OF_THIS_PROCESS
+
+
+_OF_THIS_PROCESS = secrets.token_bytes(32)

@@ -606,6 +606,7 @@ def compute(
     executor: concurrent.futures.Executor | None = None,
     exact: bool = True,
     strategy: str = "factored",
+    cache: bool = True,
 ) -> list[Result]:
     """Answer several questions in one replay.
 
@@ -619,6 +620,8 @@ def compute(
             by its path, so its data must lie in the run.
         exact: raise where a replay departs from its run; else it is told as the grade.
         strategy: of per-sample gradients: `factored` where a tensor has factors, or `scan`.
+        cache: whether answers, and the states of aligned cells of steps that they were put together
+            from, are kept in the run and taken from there; `REPLAY_CACHE_BYTES` bounds them.
 
     Raises:
         QueryError: the answer is too large, or has no meaning.
@@ -634,6 +637,7 @@ def compute(
         executor=executor,
         exact=exact,
         strategy=strategy,
+        cache=cache,
     )
 
 

@@ -61,7 +61,7 @@ class Cell(NamedTuple):
     """What some steps have come to.
 
     Attributes:
-        plain: what msgpack can hold.
+        plain: what msgpack can hold; `each` has an entry for each part.
         parts: arrays, by tensor.
     """
 
@@ -349,7 +349,12 @@ class Shelf:
                 at += array.nbytes
                 arrays.append(array)
             parts.append(arrays)
-        return Cell(head["plain"], [parts[i] for i, _ in places] if places else parts)
+        plain = head["plain"]
+        if not places:
+            return Cell(plain, parts)
+        if "each" in plain:
+            plain = {**plain, "each": [plain["each"][i] for i, _ in places]}
+        return Cell(plain, [parts[i] for i, _ in places])
 
     def write(self, cell: str, what: Cell, seconds: float) -> None:
         """Keep a cell."""

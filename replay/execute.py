@@ -384,6 +384,7 @@ class Execution:
                 if cache is not None and self.steps > before and self.grade in _KEPT:
                     known = self._known[node], self._keys[node], self.grade
                     reuse.keep(cache, node, self._identities, *known, seconds)
+            self._flush()
 
     def replayed(
         self,
@@ -401,10 +402,17 @@ class Execution:
                     self.walk(names, roots, within, without)
                 return roots
             except reuse.Lost as lost:
-                node, number = lost.args
-                without[node] = without.get(node, frozenset()) | {number}
+                node, numbers = lost.args
+                without[node] = without.get(node, frozenset()) | numbers
+            finally:  # also where a question is broken off
+                self._flush()
 
     # ---- what is kept already
+
+    def _flush(self) -> None:
+        for cache in {asked.cache for asked in self.runs.values()} - {None}:
+            assert cache is not None
+            cache.flush()
 
     def _cache(self, node: Node) -> Cache | None:
         names = planning.runs_of(node)
@@ -482,44 +490,39 @@ class Execution:
         lags: dict[Node, dict] = {node: {} for node in roots}
         walks = [self._frames(name, passed, reached) for name in names]
         early, ended = all(map(planning.stops_early, roots)), False
-        try:
-            with contextlib.ExitStack() as stack:
-                for walk in walks:
-                    stack.enter_context(contextlib.closing(walk))
-                if early:
-                    for node, (steps, *_) in wanted.items():
-                        courses[node].before(min(steps))
-                    if all(courses[node].ended or root.done() for node, root in roots.items()):
-                        walks = []
-                for frames in zip(*walks, strict=True):
-                    step, replayed = frames[0].step, frames[0].replayed
-                    here = dict(zip(names, frames, strict=True))
-                    for node, (steps, looked, walked) in wanted.items():
-                        if step not in looked or (walked == "step" and replayed is None):
+        with contextlib.ExitStack() as stack:
+            for walk in walks:
+                stack.enter_context(contextlib.closing(walk))
+            if early:
+                for node, (steps, *_) in wanted.items():
+                    courses[node].before(min(steps))
+                if all(courses[node].ended or root.done() for node, root in roots.items()):
+                    walks = []
+            for frames in zip(*walks, strict=True):
+                step, replayed = frames[0].step, frames[0].replayed
+                here = dict(zip(names, frames, strict=True))
+                for node, (steps, looked, walked) in wanted.items():
+                    if step not in looked or (walked == "step" and replayed is None):
+                        continue
+                    local = Local(here, step, self._known, lags[node])
+                    if step in steps:
+                        courses[node].before(step)
+                        if early and roots[node].done():
                             continue
-                        local = Local(here, step, self._known, lags[node])
-                        if step in steps:
-                            courses[node].before(step)
-                            if early and roots[node].done():
-                                continue
-                            roots[node].take(local)
-                        local.remember(planning.below(node))
-                    ended = early and all(root.done() for root in roots.values())
-                    if ended:
-                        break
-                    if keeper.waiting:
-                        keeper.audited([*self._verified, *self._verifying])
-            for node, root in roots.items():
-                if not ended:
-                    root.end()
-                root.closed = lambda number, key, cell: None
-                if not (early and root.done()):
-                    courses[node].before(None)
-            keeper.audited(self._verified)
-        finally:
-            for cache in {asked.cache for asked in self.runs.values()} - {None}:
-                assert cache is not None
-                cache.flush()
+                        roots[node].take(local)
+                    local.remember(planning.below(node))
+                ended = early and all(root.done() for root in roots.values())
+                if ended:
+                    break
+                if keeper.waiting:
+                    keeper.audited([*self._verified, *self._verifying])
+        for node, root in roots.items():
+            if not ended:
+                root.end()
+            root.closed = lambda number, key, cell: None
+            if not (early and root.done()):
+                courses[node].before(None)
+        keeper.audited(self._verified)
 
     def _frames(self, name: str, steps: np.ndarray, reached: np.ndarray) -> Generator[Frame]:
         """Yield a frame for every step and state that is asked about, ascending."""

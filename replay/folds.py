@@ -213,7 +213,7 @@ class Sampled(Root):
             cells = self._streams[key].close()
             layouts = [list(cells[0, number][0]) for number in self._numbers]
             parts = [jax.tree.leaves(cells[0, number][1]) for number in self._numbers]
-            found[key] = Cell({"samples": [self._samples[key]], "layouts": layouts}, parts)
+            found[key] = Cell({"samples": [self._samples[key]], "each": layouts}, parts)
         self._samples = {}
         return found
 
@@ -225,7 +225,7 @@ class Sampled(Root):
         forms = self._asked.observers.gradients.forms(self._asked.observers.way)
         chosen = []
         for number, layout, leaves in zip(
-            self._numbers, plain["layouts"], self.found(key), strict=True
+            self._numbers, plain["each"], self.found(key), strict=True
         ):
             state = jax.tree.unflatten(_structure(reduction), leaves)
             chosen.append(final(reduction, forms[number], tuple(layout))(state))

@@ -66,7 +66,7 @@ class Sums(Root):
         totals, forms = [], self._forms()
         samples = np.asarray(self._plain[0]["samples"], np.int64)
         leaves = self.found(0)
-        rows = zip(self._scan.tensors, self._numbers, self._plain[0]["layouts"], strict=True)
+        rows = zip(self._scan.tensors, self._numbers, self._plain[0]["each"], strict=True)
         for part, (tensor, number, layout) in enumerate(rows):
             (total,) = leaves[part]
             total = settle(forms[number], tuple(layout), jnp.asarray(total))
@@ -101,7 +101,7 @@ class Sums(Root):
         if not self._layouts:  # no sample at all
             return {}
         layouts = [list(self._layouts[number][1]) for number in self._numbers]
-        plain = {"samples": self._samples.tolist(), "layouts": layouts}
+        plain = {"samples": self._samples.tolist(), "each": layouts}
         parts = [[self._states[number]] for number in self._numbers]
         self._states, self._samples = {}, np.zeros(self._count, np.int64)
         return {0: Cell(plain, parts)}

@@ -97,7 +97,12 @@ class Course:
                 return
             self.root.end()
             for key, where in self._there[number]:
-                self.root.push(number, key, self._read(number, where))
+                cell = self._read(where)
+                if cell is None:  # and what of the others, before more is replayed in vain?
+                    numbers = self._numbers[self._pushed :]
+                    gone = [n for n in numbers if not all(self._read(x) for _, x in self._there[n])]
+                    raise Lost(self.root.node, frozenset(gone))
+                self.root.push(number, key, cell)
             self._pushed += 1
 
     def keep(self, number: int, key: int, cell: Cell, seconds: float) -> None:
@@ -105,7 +110,7 @@ class Course:
         if self._shelf is not None and (number, key) in self._names:
             self._shelf.write(self._names[number, key], cell, seconds)
 
-    def _read(self, number: int, where: list[Any]) -> Cell:
+    def _read(self, where: list[Any]) -> Cell | None:
         assert self._shelf is not None
         for one in where:
             cell = self._shelf.read(one)
@@ -116,7 +121,7 @@ class Course:
             for i in cuts:
                 parts[i] = self.root.whole(i, cell.plain, parts[i], self._indices[i])
             return Cell(cell.plain, parts)
-        raise Lost(self.root.node, number)
+        return None
 
 
 def _named(steps: np.ndarray, keys: np.ndarray, span: int) -> list[tuple[int, int, str]]:
@@ -220,9 +225,10 @@ def keep(
     for field, values in {"value": value.data, **value.fields}.items():
         for i, x in enumerate(values):
             notes = {"field": field} | ({"tensor": parts[i]} if parts else {})
-            arrays.append((x, value.dims, notes))
-    if any(np.ndim(x) != len(value.dims) for x, *_ in arrays):
-        return
+            dims = [f"{dim}_{i}" if parts and dim in RAGGED else dim for dim in value.dims]
+            if np.ndim(x) != len(dims):
+                return
+            arrays.append((x, dims, notes))
     cache.keep(
         repr(_named_runs(node, names)), plain, arrays, about="\n".join(node.lines()),
         seconds=seconds,

@@ -1,0 +1,403 @@
+"""What is kept is never anything but what a replay would give, and nobody replays it again."""
+
+import concurrent.futures
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import hypothesis
+import numpy as np
+import pytest
+import tiny
+import xarray
+from hypothesis import strategies as st
+from test_query import LABELS, Recorded, bits_of, both, questions, questions_of, tiny_truth
+from tiny import compile_once  # noqa: F401  # the fixture is there for who imports it
+
+import replay
+from replay import execute
+from replay.query.expressions import Expression
+from replay.query.nodes import restrict
+
+TESTS = pathlib.Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path, monkeypatch):
+    """Let answers be kept, under a key of this test alone."""
+    monkeypatch.setenv("REPLAY_CACHE_BYTES", str(2**27))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="module")
+def run_of_200(tmp_path_factory):
+    order = replay.Order.shuffled(batch_size=4, epochs=50, seed=3)
+    run = tiny.record(tmp_path_factory.mktemp("long") / "run", order=order, checkpoints=20)
+    return Recorded(run, tiny_truth(order), LABELS)
+
+
+@pytest.fixture
+def path(run_of_200, tmp_path):
+    """A copy of a run of 200 steps, stored every 20; cells are of 64 steps."""
+    shutil.copytree(run_of_200.run.path, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def files(path):
+    return sorted(file for file in (path / "cache").rglob("*") if file.is_file())
+
+
+def asked(path, question, **options):
+    """Ask somebody who has only the directory."""
+    found = question(replay.open(path)).compute(**options)
+    return bits_of(found), found.attrs["steps"], found.attrs["grade"]
+
+
+def path_length(run):
+    return abs(run.updates).sum("step")
+
+
+# ------------------------------------------------------------------------------- asking again
+
+
+def test_who_asks_again_replays_nothing_and_gets_the_same_bits(path):
+    cold = replay.compute(*questions_of(replay.open(path)), cache=False)
+    assert not (path / "cache").exists()
+    first = replay.compute(*questions_of(replay.open(path)))
+    run = replay.open(path)
+    assert "kept from earlier questions" in path_length(run).explain()
+    assert not re.search(r"replay [\d,]+ steps", path_length(run).explain())
+    warm = replay.compute(*questions_of(run))
+    assert (first[0].attrs["steps"], warm[0].attrs["steps"]) == (200, 0)
+    for a, b, c in zip(cold, first, warm, strict=True):
+        assert bits_of(a) == bits_of(b) == bits_of(c)
+        assert a.attrs["grade"] == b.attrs["grade"] == c.attrs["grade"] == "BITWISE"
+        assert a.attrs["plan"] == c.attrs["plan"]
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_of_overlapping_ranges_only_the_rest_is_replayed(path, number):
+    question = questions_of(replay.open(path))[number]
+    if "step" not in {scan.walked for scan in question.plan.scans()}:
+        half = _states(question)
+    else:
+        half = _steps(question)
+    half.compute()
+    told = question.explain()
+    found, cold = question.compute(), question.compute(cache=False)
+    assert bits_of(found) == bits_of(cold)
+    ranked = number in (3, 4)  # their cells are of 512 steps where merging has no order
+    assert found.attrs["steps"] < 200 or ranked
+    assert f"replay {found.attrs['steps']} steps" in told
+
+
+def _narrowed(expression, **where):
+    """Ask for other steps of everything that a question scans."""
+    plan = expression.plan
+    (dim, steps), *_ = where.items()
+    scanned = {scan.walked for scan in plan.scans()}
+    assert scanned == {dim}
+
+    def change(node):
+        if node.walked == dim:
+            return restrict(node, dim, steps)
+        return node.rebuilt(change)
+
+    return Expression(change(plan), expression.source)
+
+
+def _steps(expression):
+    return _narrowed(expression, step=np.arange(0, 140))
+
+
+def _states(expression):
+    return _narrowed(expression, state=np.arange(0, 140))
+
+
+def test_a_tensor_a_slice_of_weights_and_coarser_windows_are_cut_from_what_is_kept(path):
+    run = replay.open(path)
+    replay.compute(
+        path_length(run),
+        run.weights.norm("weight"),
+        abs(run.sample_grads).sum(("step", "position")),
+        run.sample_grads.groupby(LABELS).sum(),
+        run.updates.coarsen(step=64).sum("step"),
+        run.grads.mean("step"),
+        run.grads.sel(step=slice(0, 64)),
+    )
+    run = replay.open(path)
+    for question in (
+        path_length(run).sel(tensor="out"),
+        abs(run.updates["hidden", 1:, ::2]).sum("step"),
+        abs(run.sample_grads["hidden"]).sum(("step", "position")),
+        abs(run.sample_grads["hidden", 2, 3]).sum(("step", "position")),
+        run.sample_grads["out", 1:3].groupby(LABELS).sum(),
+        run.updates.sum("step"),
+        run.updates["hidden"].coarsen(step=128).sum("step"),
+        run.grads["out", 3].mean("step"),
+        run.grads["hidden", 0].sel(step=slice(0, 64)),
+        run.weights.norm("weight").sel(state=slice(64, 128)).max(),
+    ):
+        found, cold = question.compute(), question.compute(cache=False)
+        assert bits_of(found) == bits_of(cold), question
+        assert found.attrs["steps"] in (0, 64), question  # of states: another question
+
+
+def test_a_selection_of_every_third_step_is_not_mistaken_for_all_of_them(path):
+    run = replay.open(path)
+    for stride in (1, 3, 1, 2):
+        for question in (
+            run.grads.sel(step=slice(0, 200, stride)).sum("step"),
+            run.sample_losses.sel(step=slice(0, 200, stride)).diff("step").max("step"),
+            run.weights.sel(state=slice(0, 200, stride)).max("state"),
+        ):
+            assert bits_of(question.compute()) == bits_of(question.compute(cache=False))
+
+
+def test_what_looks_back_at_the_step_before_does_so_across_what_is_kept(path):
+    run = replay.open(path)
+    run.sample_losses.diff("step").max("position").sel(step=slice(64, 128)).compute()
+    question = run.sample_losses.diff("step").max("position")
+    assert bits_of(question.compute()) == bits_of(question.compute(cache=False))
+
+
+def test_what_stops_early_stops_at_what_is_kept(path):
+    run = replay.open(path)
+    losses = run.sample_losses.max("position")
+    worst = float(losses.compute()["value"].max())
+    cold = (losses >= worst).first("step").compute(cache=False)
+    found = (losses >= worst).first("step").compute()
+    again = (losses >= worst).first("step").compute()
+    assert int(cold) == int(found) == int(again)
+    assert again.attrs["steps"] == 0 and again.attrs["grade"] == cold.attrs["grade"]
+
+
+def test_other_samples_are_told_apart_by_what_they_hold(path):
+    test = {name: rows[:6] for name, rows in tiny.DATA.items()}
+    changed = {**test, "y": test["y"] + 1}
+    run = replay.open(path)
+    found = [
+        asked(path, lambda run, data=data: run.on(data).sample_losses.sel(state=30).mean())
+        for data in (test, changed, test)
+    ]
+    assert found[0][0] == found[2][0] != found[1][0]
+    assert [steps for _, steps, _ in found] == [10, 10, 0]
+    cold = run.on(changed).sample_losses.sel(state=30).mean().compute(cache=False)
+    assert found[1][0] == bits_of(cold)
+
+
+@hypothesis.settings(
+    max_examples=8 if hypothesis.settings.default.max_examples < 100 else 200,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(questions(), st.integers(0, 200), st.integers(0, 2**32 - 1))
+def test_any_question_has_the_same_bits_cold_warm_half_warm_and_after_losses(
+    run_of_200,
+    path,
+    drawn,
+    cut,
+    seed,
+):
+    quantity, chain = drawn
+    question, _ = both(run_of_200._replace(run=replay.open(path)), quantity, chain)
+    cold = question.compute(cache=False)
+    walked = {scan.walked for scan in question.plan.scans()}
+    if walked <= {"step"} and not any(kind == "sel" for kind, *_ in chain):
+        half, _ = both(
+            run_of_200._replace(run=replay.open(path)), quantity,
+            [("sel", "step", slice(None, cut)), *chain],
+        )  # fmt: skip
+        half.compute()
+    half_warm, warm = question.compute(), question.compute()
+    assert bits_of(cold) == bits_of(half_warm) == bits_of(warm)
+    assert warm.attrs["steps"] == 0 or not cold.attrs["steps"]
+    random = np.random.Generator(np.random.Philox(seed))
+    for file in files(path):
+        fate = random.integers(0, 4)
+        if fate == 0:
+            file.unlink()
+        elif fate == 1 and file.stat().st_size:
+            data = bytearray(file.read_bytes())
+            data[random.integers(0, len(data))] ^= 1 << random.integers(0, 8)
+            file.write_bytes(data)
+    assert bits_of(question.compute()) == bits_of(cold)
+
+
+# ---------------------------------------------------------------------- who is not to be trusted
+
+
+def test_a_flipped_bit_anywhere_is_never_an_answer(path):
+    question = lambda run: run.updates.coarsen(step=64).norm("step")  # noqa: E731
+    cold, _, _ = asked(path, question)
+    pristine = {file: file.read_bytes() for file in files(path)}
+    random = np.random.Generator(np.random.Philox(3))
+    answers = [file for file in pristine if "answers" in file.parts]
+    for _ in range(40):
+        for file in answers:
+            file.unlink(missing_ok=True)  # what remains are the cells
+        file = [f for f in pristine if f not in answers][
+            random.integers(len(pristine) - len(answers))
+        ]
+        data = bytearray(pristine[file])
+        data[random.integers(len(data))] ^= 1 << random.integers(8)
+        file.write_bytes(data)
+        assert asked(path, question)[0] == cold
+        for file, data in pristine.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+    for file in answers:
+        data = bytearray(pristine[file])
+        for place in random.integers(0, len(data), 3):
+            file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            assert asked(path, question)[0] == cold
+        file.write_bytes(data)
+
+
+def test_what_a_stranger_has_put_there_is_as_good_as_missing(path, tmp_path, monkeypatch):
+    cold, steps, _ = asked(path, path_length)
+    assert asked(path, path_length)[1] == 0 < steps
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "somebody else"))
+    assert asked(path, path_length) == (cold, steps, "BITWISE")
+    secret = tmp_path / "home" / "jax-replay" / "secret"
+    assert secret.stat().st_size == 32 and secret.stat().st_mode & 0o077 == 0
+
+
+def test_a_kept_cell_under_another_name_is_not_taken_for_it(path):
+    run = replay.open(path)
+    run.grads.sel(step=slice(0, 140)).sum("step").compute()
+    cells = [file for file in files(path) if "~" in file.name]
+    first, second = sorted(cells, key=lambda file: file.name)[:2]
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
+    shutil.rmtree(path / "cache" / "answers")
+    question = run.grads.sel(step=slice(0, 140)).sum("step")
+    assert bits_of(question.compute()) == bits_of(question.compute(cache=False))
+
+
+def test_a_run_that_cannot_be_written_is_asked_all_the_same(path):
+    (path / "cache").write_text("no directory")
+    found, steps, _ = asked(path, path_length)
+    assert (steps, found) == (200, asked(path, path_length, cache=False)[0])
+
+
+def test_another_run_in_the_same_place_is_another_run(path, tmp_path):
+    asked(path, path_length)
+    other = tiny.record(tmp_path / "other", program=tiny.program(rate=0.04), checkpoints=8)
+    shutil.copytree(path / "cache", pathlib.Path(other.path, "cache"))
+    assert asked(other.path, path_length)[1] == 24
+
+
+# ------------------------------------------------------------------------------------ its size
+
+
+def test_the_budget_holds_and_what_saves_little_for_its_size_goes_first(path, monkeypatch):
+    run = replay.open(path)
+    for stride in (1, 2, 3, 5, 7):
+        run.sample_grads.sel(step=slice(0, 200, stride)).max("position").compute()
+    before = sum(file.stat().st_size for file in files(path))
+    monkeypatch.setenv("REPLAY_CACHE_BYTES", "20000")
+    replay.open(path).sample_grads.sel(step=slice(0, 200, 11)).max("position").compute()
+    after = sum(file.stat().st_size for file in files(path))
+    assert after < 40_000 < before  # what TensorStore writes beside the values comes on top
+    monkeypatch.setenv("REPLAY_CACHE_BYTES", "0")
+    replay.open(path).grads.max("step").compute()
+    assert sum(file.stat().st_size for file in files(path)) == after
+    monkeypatch.setenv("REPLAY_CACHE_BYTES", "much")
+    with pytest.raises(replay.DataError, match="REPLAY_CACHE_BYTES is 'much'"):
+        replay.open(path).grads.max("step").compute()
+
+
+# --------------------------------------------------------------------------- several processes
+
+ASK = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+import replay
+run = replay.open({path!r})
+print("ready", flush=True)
+kind = int(sys.argv[1]) if len(sys.argv) > 1 else 0
+sel = slice(10 * kind, 200 - 5 * kind)
+total = abs(run.updates.sel(step=sel)).sum("step").compute()
+ranks = abs(run.sample_grads.sel(step=sel)).top_k(2, dim=("step", "position")).compute()
+losses = run.sample_losses.max("position").compute()
+import hashlib
+print([hashlib.sha256(b"".join(v.values.tobytes() for v in x.variables.values())).hexdigest()
+       for x in (total, ranks, losses)])
+"""
+
+
+def start(path, *arguments):
+    source = ASK.format(tests=str(TESTS), path=str(path))
+    return subprocess.Popen(
+        [sys.executable, "-c", source, *map(str, arguments)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.full)])
+def test_processes_that_ask_overlapping_questions_at_once_agree(path, count):
+    together = [start(path, number // 2) for number in range(count)]
+    found = [process.communicate()[0].splitlines()[-1] for process in together]
+    assert [process.returncode for process in together] == [0] * count
+    shutil.rmtree(path / "cache")
+    for number in range(0, count, 2):
+        alone = start(path, number // 2).communicate()[0].splitlines()[-1]
+        assert set(found[number : number + 2]) == {alone}
+
+
+def test_a_killed_question_goes_on_from_what_it_had(path):
+    process = start(path)
+    while process.poll() is None and len([f for f in files(path) if "~" in f.name]) < 2:
+        time.sleep(1e-3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    shutil.rmtree(path / "cache" / "answers", ignore_errors=True)
+    found, steps, _ = asked(path, path_length)
+    assert found == asked(path, path_length, cache=False)[0]
+    assert steps < 200
+
+
+def test_ctrl_c_keeps_the_cells_that_are_finished(path, monkeypatch):
+    taken, take = [], execute.Local
+
+    def interrupted(*arguments):
+        taken.append(arguments[1])
+        if len(taken) > 150:
+            raise KeyboardInterrupt
+        return take(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execute, "Local", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            asked(path, path_length)
+    found, steps, _ = asked(path, path_length)
+    assert (found, steps) == (asked(path, path_length, cache=False)[0], 80)
+
+
+def test_an_executor_shares_what_is_kept(path):
+    run = replay.open(path)
+    cold = path_length(run).compute(cache=False)
+    abs(run.updates.sel(step=slice(0, 80))).sum("step").compute()
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        found = path_length(run).compute(executor=executor)
+        assert bits_of(found) == bits_of(cold) and found.attrs["steps"] < 200
+        assert path_length(run).compute(executor=executor).attrs["steps"] == 0
+
+
+# ------------------------------------------------------------------------------------ as it lies
+
+
+def test_a_kept_answer_opens_in_xarray(path):
+    run = replay.open(path)
+    found = path_length(run).compute()
+    (group,) = (path / "cache" / "answers").iterdir()
+    opened = xarray.open_zarr(group, consolidated=False)
+    assert [opened[name].attrs["tensor"] for name in ("0", "1")] == ["hidden", "out"]
+    assert opened["0"].values.tobytes() == found["hidden"].values.tobytes()
+    assert "scan" in opened.attrs["plan"]

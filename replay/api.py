@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from replay.artifact import KEY_IMPLEMENTATION
 from replay.asking import Asking, Subject
+from replay.cache import Cache
 from replay.data import Data
 from replay.errors import Grade, LogError, OrderError, printable
 from replay.grads.per_sample import MEMORY
@@ -176,6 +177,11 @@ class Run(Quantities):
     def path(self) -> str:
         """Where the run lies."""
         return str(self.log.place)
+
+    @property
+    def cache(self) -> Cache:
+        """What is kept of answers: `entries()` lists it, `clear()` deletes it, losing only time."""
+        return Cache(self.log.place, "", 0)
 
     @property
     def steps(self) -> int:

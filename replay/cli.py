@@ -15,7 +15,7 @@ import re
 import socket
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import rich.box
@@ -448,6 +448,41 @@ def thin(run: _Where, keep: int) -> int:
     dropped = recorded.thin(keep)
     freed = decimal(before - sum(recorded.log.place.list().values()))
     _say(f"{len(dropped):,} stored states given up, {freed} freed; left: {_states(recorded)}")
+    return 0
+
+
+@app.command
+def cache(
+    do: Annotated[Literal["ls", "clear"], tyro.conf.Positional],
+    run: _Where,
+) -> int:
+    """List what a run keeps of its answers, or delete it: that loses only time.
+
+    Example: replay cache ls runs/digits
+
+    Args:
+        do: list it, or delete it
+        run: the run directory, or the URL of a key-value store
+    """
+    kept = open(run).cache
+    entries = kept.entries()
+    if do == "clear":
+        kept.clear()
+    total = decimal(sum(entry.bytes for entry in entries))
+    if entries and do == "ls":
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("question", overflow="fold")
+        for name in ("kept", "bytes", "took"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for entry in entries:
+            parts = f"{entry.count:,} cells" if entry.kind == "cells" else "answer"
+            lines = [line.strip() for line in entry.about.splitlines()]
+            table.add_row(
+                _plain(", of ".join(lines)), parts, decimal(entry.bytes), f"{entry.seconds:.3g} s"
+            )
+        _console().print(table)
+    saved = sum(entry.seconds for entry in entries if entry.kind == "answer")
+    _say(f"{total} {'deleted' if do == 'clear' else f'kept, answers that took {saved:.3g} s'}")
     return 0
 
 

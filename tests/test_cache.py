@@ -20,7 +20,7 @@ from test_query import LABELS, Recorded, bits_of, both, questions, questions_of,
 from tiny import compile_once  # noqa: F401  # the fixture is there for who imports it
 
 import replay
-from replay import execute
+from replay import cli, execute
 from replay.query.expressions import Expression
 from replay.query.nodes import restrict
 
@@ -401,3 +401,21 @@ def test_a_kept_answer_opens_in_xarray(path):
     assert [opened[name].attrs["tensor"] for name in ("0", "1")] == ["hidden", "out"]
     assert opened["0"].values.tobytes() == found["hidden"].values.tobytes()
     assert "scan" in opened.attrs["plan"]
+
+
+def test_what_is_kept_is_listed_and_deleted(path, capsys):
+    run = replay.open(path)
+    assert cli.main(["cache", "ls", str(path)]) == 0
+    assert capsys.readouterr().out == "0 bytes kept, answers that took 0 s\n"
+    path_length(run).compute()
+    run.sample_losses.max().compute()
+    kinds = [(entry.kind, entry.count) for entry in run.cache.entries()]
+    assert sorted(kinds) == [("answer", 1), ("answer", 2), ("cells", 4), ("cells", 4)]
+    assert all(entry.bytes > 0 and entry.seconds > 0 for entry in run.cache.entries())
+    assert cli.main(["cache", "ls", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "sum over step, of map abs, of scan" in printed and "4 cells" in printed
+    assert cli.main(["cache", "clear", str(path)]) == 0
+    assert capsys.readouterr().out.endswith(" deleted\n")
+    assert run.cache.entries() == [] and files(path) == []
+    assert path_length(run).compute().attrs["steps"] == 200

@@ -24,7 +24,7 @@ from replay import cli, demo, questions
 from replay.log import Log
 from replay.store import Place
 
-COMMANDS = ("demo", "ls", "show", "verify", "state", "plot", "ask", "thin")
+COMMANDS = ("demo", "ls", "show", "verify", "state", "plot", "ask", "thin", "cache")
 ASKED = ("samples", "weights", "explosion", "zero", "compare")
 
 

@@ -326,7 +326,104 @@ def two_processes(settings: Settings) -> list[float]:
     return ratios
 
 
+def measure_cache(settings: Settings) -> list[Figure]:
+    """Measure what keeping costs, what is had without a replay, and what of half a replay."""
+    os.environ["REPLAY_CACHE_BYTES"] = str(2**32)
+    figures: list[Figure] = []
+    each: Any = settings
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as home:
+        os.environ["XDG_CACHE_HOME"] = home
+        run = Fixture(settings, pathlib.Path(folder), settings.seed).run
+        labels, half = np.arange(settings.epoch_steps * settings.batch) % 10, settings.steps // 2
+        asked: dict[str, Callable[[slice], Any]] = {
+            "Q1 samples of each weight": lambda steps: abs(
+                run.sample_grads.sel(step=slice(steps.stop - settings.epoch_steps, steps.stop))
+            ).top_k(10, dim=("step", "position")),
+            "Q1 by class": lambda steps: abs(
+                run.sample_grads.sel(step=slice(steps.stop - settings.epoch_steps, steps.stop))
+            ).groupby(labels).sum().top_k(3, "group"),
+            "Q2 weights that moved most": lambda steps: (
+                abs(run.updates.sel(step=steps)).sum("step").top_k(1000, "weight")),
+            "explosions": lambda steps: (
+                (abs(run.grads.sel(step=steps)) > 1e-3).mean("weight") > 0.1).sum(),
+        }  # fmt: skip
+        whole = slice(0, settings.steps)
+        for name, question in asked.items():
+            question(whole).compute(cache=False)
+            ratios, warm, bare, halves = [], [], [], []
+            for _ in range(settings.repeats):
+                run.cache.clear()
+                settle()
+                cold = seconds(lambda q=question: q(whole).compute(cache=False))
+                ratios.append(seconds(lambda q=question: q(whole).compute()) / cold)
+                warm.append(1e3 * seconds(lambda q=question: q(whole).compute()))
+                kept = pathlib.Path(run.path, "cache", "answers").rglob("*")
+                files = [file for file in kept if file.is_file()]
+                bare.append(1e3 * seconds(lambda f=files: [file.read_bytes() for file in f]))
+                if name.startswith("Q1"):
+                    continue
+                run.cache.clear()
+                question(slice(0, half)).compute()
+                halves.append(seconds(lambda q=question: q(whole).compute()) / cold)
+            size = sum(entry.bytes for entry in run.cache.entries()) / 1e6
+            pure = [a - b for a, b in zip(warm, bare, strict=True)]
+            figures += [
+                Figure(f"{name}: kept / not kept", median(ratios, each)),
+                Figure(f"{name}: asked again", median(warm, each), "ms"),
+                Figure(
+                    f"{name}: asked again, without reading the answer",
+                    median(pure, each), "ms", limit=20.0,
+                ),
+                Figure(f"{name}: kept", counted(size), "MB"),
+            ]  # fmt: skip
+            if halves:
+                figures.append(
+                    Figure(f"{name}: half kept / not kept", median(halves, each), limit=0.55)
+                )
+            print(*figures[-5:], sep="\n", flush=True)
+        figures += measure_lookups(settings, pathlib.Path(folder, "long"))
+    return figures
+
+
+def measure_lookups(settings: Settings, path: pathlib.Path) -> list[Figure]:
+    """Measure planning for a run of 100 thousand steps and 1,000 kept answers."""
+    steps, answers = (100_000, 1_000) if settings.steps > 1000 else (5_000, 20)
+    rows = np.random.Generator(np.random.Philox(1)).normal(size=(64, 4)).astype(np.float32)
+    program = replay.Program(
+        {"w": np.ones((4, 3), np.float32)}, lambda p, x, key: jnp.square(x @ p["w"]).sum(),
+        optax.sgd(1e-3),
+    )  # fmt: skip
+    run = replay.record(
+        path, program, rows, replay.Order.shuffled(16, steps // 4, 0), key=jax.random.key(0),
+        dispatch="block", checkpoints=steps // 100, self_test=False, progress=False,
+    )  # fmt: skip
+    losses = run.sample_losses.max("position")
+    every = steps // answers
+    for first in range(0, steps, every):
+        losses.sel(step=slice(first, first + every)).compute()
+    kept = sum(entry.kind == "answer" for entry in run.cache.entries())
+    each: Any = settings
+    asked = {
+        "a kept answer": losses.sel(step=slice(every, 2 * every)),
+        "all steps, in part kept": run.sample_losses.max("position"),
+        "all steps, nothing kept": abs(run.updates).sum("step"),
+    }
+    figures = [Figure("lookups: kept answers", counted(kept))]
+    for name, question in asked.items():
+        taken = [1e3 * seconds(question.explain) for _ in range(3 * settings.repeats)]
+        figures.append(Figure(f"lookups: planning, {name}", median(taken, each), "ms", limit=50.0))
+    return figures
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Return what a call takes."""
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
 SECTIONS = {
+    "cache": measure_cache,
     "questions": measure_questions,
     "comparison": measure_comparison,
     "processes": measure_processes,
@@ -335,6 +432,7 @@ SECTIONS = {
 
 def main() -> None:
     """Run the benchmark."""
+    os.environ["REPLAY_CACHE_BYTES"] = "0"  # nothing is kept but where that is measured
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a smoke test; writes nothing")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="keeps the other sections")

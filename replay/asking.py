@@ -282,7 +282,7 @@ class Asking:
             nodes,
             {name: one.catalogue for name, one in asked.items()},
             functools.partial(self._rate, asked),
-            Execution(asked).left,
+            Execution(asked),
             memory=memory,
         )
 
@@ -333,7 +333,9 @@ class Asking:
         return self._caches[key]
 
     def _steps(self, nodes: Sequence[Node], asked: Mapping[str, Asked]) -> int:
-        total, left = 0, Execution(asked).left
+        execution = Execution(asked)
+        total, left = 0, execution.left
+        nodes = [node for node in nodes if not execution.recalled(node)]
         for stage in planning.stages(planning.replays(nodes)):
             cuts = [cut for root in stage if (cut := left(root)[0]) is not None]
             for name in sorted({run for root in cuts for run in planning.runs_of(root)}):

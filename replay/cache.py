@@ -14,6 +14,7 @@ any of it loses only time.
 
 import concurrent.futures
 import contextlib
+import hashlib
 import hmac
 import json
 import os
@@ -235,13 +236,20 @@ class Cache:
 
     def _tag(self, name: str, *parts: Any) -> bytes:
         """Return the keyed digest of bytes and arrays under a name."""
-        digest = hmac.new(self._secret, f"{self._identity} {name} ".encode(), "sha256")
-        for part in parts:
-            if isinstance(part, np.ndarray):
-                digest.update(f"{part.dtype} {part.shape} ".encode())
-                part = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
-            digest.update(part)
-        return digest.digest()
+
+        def digest(part: Any) -> bytes:
+            if not isinstance(part, np.ndarray):
+                return hashlib.sha256(part).digest()
+            head = f"{part.dtype} {part.shape} ".encode()
+            data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+            return hashlib.sha256(head + hashlib.sha256(data).digest()).digest()
+
+        large = (
+            sum(len(x) if isinstance(x, bytes | memoryview) else x.nbytes for x in parts) > 2**22
+        )
+        each = list((_DIGESTING.map if large and len(parts) > 1 else map)(digest, parts))
+        head = f"{self._identity} {name} ".encode()
+        return hmac.digest(self._secret, head + b"".join(each), "sha256")
 
     # ---- all of it
 
@@ -432,4 +440,6 @@ def _secret() -> bytes:
     return _OF_THIS_PROCESS
 
 
+# Digests of large arrays are made side by side.
+_DIGESTING = concurrent.futures.ThreadPoolExecutor(2, "replay-digest")
 _OF_THIS_PROCESS = secrets.token_bytes(32)

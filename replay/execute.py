@@ -113,13 +113,20 @@ class Execution:
             }
             questions = [_anchored(q, steps) for q in questions]
         asked, questions = questions, [self._cut(q) for q in questions]
-        wanted = [root for q in questions for root in planning.roots(q)]
+        begun, before = time.perf_counter(), self.steps
+        fresh = [q for q in questions if not self._recalled(q)]
+        wanted = [root for q in fresh for root in planning.roots(q)]
         for stage in planning.stages(wanted):
             self._run(stage, distribute)
         answers = []
         for question, node in zip(asked, questions, strict=True):
             where = self._places[node] if isinstance(node, Take) else None
             answers.append(Answer(self.value(node), question, self.grade, self.steps, where))
+        if self.steps > before:
+            seconds = (time.perf_counter() - begun) / len(fresh)
+            for node in fresh:
+                self._keep(node, seconds)
+            self._flush()
         return answers
 
     def keys(self, node: Node) -> list[int]:
@@ -374,17 +381,10 @@ class Execution:
         for node in stage:
             together.setdefault(planning.runs_of(node), []).append(node)
         for names, nodes in together.items():
-            begun, before = time.perf_counter(), self.steps
             roots = self.replayed(names, nodes, distribute)
-            seconds = (time.perf_counter() - begun) / len(nodes)
             for node, root in roots.items():
                 self._known[node] = root.result(lambda n=node: self._blank(n))
                 self._keys[node] = root.keys()
-                cache = self._cache(node)
-                if cache is not None and self.steps > before and self.grade in _KEPT:
-                    known = self._known[node], self._keys[node], self.grade
-                    reuse.keep(cache, node, self._identities, *known, seconds)
-            self._flush()
 
     def replayed(
         self,
@@ -420,6 +420,8 @@ class Execution:
         return self.runs[names[0]].cache if hidden <= set(self._identities) else None
 
     def _recalled(self, node: Node) -> bool:
+        if not planning.replayed(node):
+            return False
         cache = self._cache(node)
         found = reuse.recall(cache, node, self._identities) if cache is not None else None
         if found is None:
@@ -428,8 +430,23 @@ class Execution:
         self.grade = self.grade & grade
         return True
 
+    def _keep(self, node: Node, seconds: float) -> None:
+        cache = self._cache(node)
+        if cache is None or self.grade not in _KEPT or not planning.replayed(node):
+            return
+        keys: list[int] = []
+        stack = [node]
+        while stack and not keys:
+            this = stack.pop()
+            keys = self.keys(this) if set(this.dims) & {"epoch", "window"} else []
+            stack += this.children
+        value = self.value(node)
+        reuse.keep(cache, node, self._identities, value, keys, self.grade, seconds)
+
     def recalled(self, node: Node) -> bool:
-        """Whether the value of a root is kept already."""
+        """Whether the answer to a question is kept already."""
+        if not planning.replayed(node) or planning.waits(node):
+            return False
         cache = self._cache(node)
         return cache is not None and reuse.recall(cache, node, self._identities) is not None
 

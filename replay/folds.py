@@ -19,6 +19,7 @@ from replay.grads.stream import Stream, final, merge
 from replay.local import Local
 from replay.query.nodes import RAGGED, Node, Part, Reduce, Scan
 from replay.reducing import (
+    EARLY,
     blank_state,
     dtype_of,
     finished,
@@ -30,6 +31,9 @@ from replay.reducing import (
 )
 from replay.replaying import Replayer
 from replay.values import Value, fused, joined, none_of, of_part, on_host, stacked
+
+# Steps whose values are folded into a state by one call.
+TOGETHER = 4
 
 
 class Asked(NamedTuple):
@@ -69,11 +73,15 @@ class Fold(Root):
         self._programs = [stepper(node, shape) for shape in self._shapes]
         self._starts, _ = fused(ranked(node))
         self._states: dict[int, list[Any]] = {}
+        self._waiting: list[tuple[int, int, list[Any]]] = []
+        # What is as large as the weights is read, and the state touched, once in a few steps.
+        rows = {"position", "sample"} & set(node.child.dims) or node.how in EARLY
+        self._together = 1 if rows else TOGETHER
         self._dtype: Any = None
 
     def done(self) -> bool:
         """Whether no later step can change the answer."""
-        if self.node.how not in ("first", "any") or self._keyed:
+        if self.node.how not in EARLY or self._keyed:
             return False
         several = len(self._shapes) > 1 and not set(RAGGED) & set(self.node.over)
         closed = [leaf for key in self.keys() for part in self.found(key) for leaf in part]
@@ -91,7 +99,7 @@ class Fold(Root):
         else:
             values, _, _ = inputs(self.node, empty())
             dtype = self._dtype_of(values)
-            blank = [init(of_part(values, i)) for i, (init, _) in enumerate(self._programs)]
+            blank = [init(of_part(values, i)) for i, (init, *_) in enumerate(self._programs)]
             several = [self._finished([jax.tree.leaves(state) for state in blank], dtype)]
         if not self._keyed:
             return several[0]
@@ -124,14 +132,34 @@ class Fold(Root):
         key = _key(self.node, self._asked, local.step)
         if key not in self._states:
             self._states[key] = [
-                init(of_part(values, i)) for i, (init, _) in enumerate(self._programs)
+                init(of_part(values, i)) for i, (init, *_) in enumerate(self._programs)
             ]
+        if self._together > 1:
+            # Which steps go together is a matter of their numbers alone.
+            if self._waiting and (key, local.step // self._together) != (
+                self._waiting[0][0], self._waiting[0][1] // self._together
+            ):  # fmt: skip
+                self._flush()
+            self._waiting.append((key, local.step, values))
+            return
         states = self._states[key]
-        for i, (_, step) in enumerate(self._programs):
+        for i, (_, step, _) in enumerate(self._programs):
             arrays = of_part(values, i)
             states[i] = step(states[i], arrays, np.int32(local.step), valid, groups)
 
+    def _flush(self) -> None:
+        """Take the steps that wait."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        states = self._states[waiting[0][0]]
+        steps = np.asarray([step for _, step, _ in waiting], np.int32)
+        for i, (_, _, many) in enumerate(self._programs):
+            rows = [of_part(values, i) for _, _, values in waiting]
+            states[i] = many(states[i], rows, steps)
+
     def _close(self) -> dict[int, Cell]:
+        self._flush()
         found, self._states = self._states, {}
         plain = {"dtype": str(self._dtype)}
         return {

@@ -1,8 +1,8 @@
 """Which steps a question replays, from which stored states: pure, and told before anything runs."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -274,11 +274,23 @@ def below(root: Node) -> Node:
     return root.child if isinstance(root, Reduce) and not root.walked else root
 
 
+class Kept(Protocol):
+    """What earlier questions have left."""
+
+    def recalled(self, node: Node) -> bool:
+        """Whether the answer to a question is kept."""
+        ...
+
+    def left(self, node: Node) -> tuple[Node | None, int]:
+        """Return a root cut to the steps that are left to replay, and how many cells are not."""
+        ...
+
+
 def explain(
     questions: Sequence[Node],
     catalogues: dict[str, Catalogue],
     rate: Any,
-    left: Callable[[Node], tuple[Node | None, int]],
+    kept: Kept,
     *,
     memory: int,
 ) -> str:
@@ -288,7 +300,7 @@ def explain(
         questions: canonical plans.
         catalogues: of the runs.
         rate: `rate(roots, run) -> (trainings of a step that a replayed step takes, measured)`.
-        left: root -> the root cut to what is left to replay, and how many kept cells it reuses.
+        kept: knows what earlier questions have left.
         memory: bytes that an answer may take.
     """
     lines = []
@@ -297,6 +309,10 @@ def explain(
         lines += question.lines("  ")
     if not any(map(replayed, replays(questions))):
         return "\n".join([*lines, "answered from the log: nothing is replayed"])
+    fresh = [question for question in questions if not kept.recalled(question)]
+    if len(fresh) < len(questions):
+        lines.append(f"kept from earlier questions: {len(questions) - len(fresh)} of the answers")
+    questions = fresh
     total, known_roots = 0.0, set()
     for turn in turns(questions):
         wanted = [root for question in turn for root in roots(question)]
@@ -309,11 +325,11 @@ def explain(
                 together.setdefault(runs_of(root), []).append(root)
             for names, mine in together.items():
                 bound = "up to " if all(map(stops_early, mine)) or taken & set(mine) else ""
-                cuts = [left(root) for root in mine]
+                cuts = [kept.left(root) for root in mine]
                 mine = [root for root, _ in cuts if root is not None]
                 reused = sum(count for _, count in cuts)
                 if reused:
-                    lines.append(f"kept from earlier questions: {reused} parts of the answer")
+                    lines.append(f"kept from earlier questions: {reused} cells of steps")
                 for name in names if mine or not reused else ():
                     told, seconds = _replay(mine, catalogues[name], bound, rate)
                     lines, total = [*lines, *told], total + seconds

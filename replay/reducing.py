@@ -111,9 +111,17 @@ def layouts(node: Reduce) -> tuple[list[Shape], tuple[str, ...]]:
     return shapes, result
 
 
+# Reductions whose answer may be known before the last step.
+EARLY = ("first", "any")
+
+
 @functools.cache
-def stepper(node: Reduce, shape: Shape) -> tuple[Callable, Callable]:
-    """Return `init(arrays) -> state` and `step(state, arrays, step, valid, groups) -> state`."""
+def stepper(node: Reduce, shape: Shape) -> tuple[Callable, Callable, Callable]:
+    """Return how a state begins and grows.
+
+    `init(arrays) -> state`, `step(state, arrays, step, valid, groups) -> state`, and the same for a
+    few steps one after the other, `many(state, [arrays, ...], steps) -> state`.
+    """
     starts, run = fused(ranked(node))
 
     def how(x):
@@ -165,13 +173,18 @@ def stepper(node: Reduce, shape: Shape) -> tuple[Callable, Callable]:
 
         return jax.lax.scan(one, state, (x, numbers, groups))[0]
 
-    return jax.jit(init), jax.jit(step, donate_argnums=0)
+    def many(state, rows, steps):
+        for i, arrays in enumerate(rows):
+            state = step(state, arrays, steps[i], None, None)
+        return state
+
+    return jax.jit(init), jax.jit(step, donate_argnums=0), jax.jit(many, donate_argnums=0)
 
 
 @functools.cache
 def _once(node: Reduce, shape: Shape) -> Callable[..., Any]:
     """Return `state(arrays, step, valid, groups)` of a reduction that begins and ends with it."""
-    init, step = stepper(node, shape)
+    init, step, _ = stepper(node, shape)
     return jax.jit(lambda arrays, *more: step(init(arrays), arrays, *more))
 
 

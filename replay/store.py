@@ -440,6 +440,8 @@ class KeyValues:
     ) -> None:
         """Write a zarr group of arrays called 0, 1, ... with dimensions and attributes.
 
+        As they are: what is read again soon is not worth the time of compressing it.
+
         The metadata of the group is written last: without it nothing is there.
 
         Raises:
@@ -455,7 +457,9 @@ class KeyValues:
                     attributes=notes,
                 )  # fmt: skip
                 stored = array.view(_STORED_AS.get(spec.dtype, array.dtype))
-                request = self._request(f"{name}/{i}") | {"metadata": spec.metadata()}
+                metadata = spec.metadata()
+                metadata["codecs"] = [c for c in metadata["codecs"] if c["name"] != "zstd"]
+                request = self._request(f"{name}/{i}") | {"metadata": metadata}
                 writes.append(
                     tensorstore.open(
                         request, create=True, delete_existing=True, context=_CONTEXT

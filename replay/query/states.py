@@ -300,6 +300,13 @@ _LAST = State(
 # -------------------------------------------------------------------------------------- rankings
 
 
+def _in_order(x: Any) -> Any:
+    """Return integers in the order of float32 numbers, NaN above all, 0.0 and -0.0 equal."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, jnp.float32(0), x), jnp.int32)
+    top = jnp.int32(0x7FFFFFFF)
+    return jnp.where(jnp.isnan(x), top, jnp.where(bits < 0, bits ^ top, bits))
+
+
 def _top_k(k: int, smallest: bool) -> State:
     def ranked(dtype):
         dtype = jnp.dtype(dtype)
@@ -339,9 +346,15 @@ def _top_k(k: int, smallest: bool) -> State:
     def step(state, values):
         x = values.x.astype(state[0].dtype)
         x = jnp.where(values.mask, -x if smallest else x, -jnp.inf)
+        numbers = _spread(values.numbers, x)
+        if x.dtype == jnp.float32 and x.shape[-1] > max(2**12, 8 * k):
+            # The best of many are found without sorting them; equal ones stay in their order.
+            places = lax.top_k(_in_order(x), k)[1]
+            numbers = jnp.take_along_axis(jnp.broadcast_to(numbers, x.shape), places, -1)
+            x = jnp.take_along_axis(x, places, -1)
         there = x != -jnp.inf  # what is left out of a ranking was put at its very end
         steps = jnp.where(there, values.step, -1)
-        numbers = jnp.where(there, _spread(values.numbers, x), -1)
+        numbers = jnp.where(there, numbers, -1)
         new = (x, *(jnp.broadcast_to(y, x.shape) for y in (steps, numbers)))
         # Of many weights, a few entries each are put in their places faster than all are sorted.
         return insert(state, new) if x.size > 2**14 * x.shape[-1] else best([state, new])

@@ -80,7 +80,10 @@ def test_who_asks_again_replays_nothing_and_gets_the_same_bits(path):
         assert a.attrs["plan"] == c.attrs["plan"]
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize(
+    "number",
+    [n if n in (0, 3, 6, 9) else pytest.param(n, marks=pytest.mark.full) for n in range(10)],
+)
 def test_of_overlapping_ranges_only_the_rest_is_replayed(path, number):
     question = questions_of(replay.open(path))[number]
     if "step" not in {scan.walked for scan in question.plan.scans()}:
@@ -192,7 +195,7 @@ def test_other_samples_are_told_apart_by_what_they_hold(path):
 
 
 @hypothesis.settings(
-    max_examples=8 if hypothesis.settings.default.max_examples < 100 else 200,
+    max_examples=5 if hypothesis.settings.default.max_examples < 100 else 200,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(questions(), st.integers(0, 200), st.integers(0, 2**32 - 1))
@@ -237,7 +240,7 @@ def test_a_flipped_bit_anywhere_is_never_an_answer(path):
     pristine = {file: file.read_bytes() for file in files(path)}
     random = np.random.Generator(np.random.Philox(3))
     answers = [file for file in pristine if "answers" in file.parts]
-    for _ in range(40):
+    for _ in range(20):
         for file in answers:
             file.unlink(missing_ok=True)  # what remains are the cells
         file = [f for f in pristine if f not in answers][
@@ -340,7 +343,7 @@ def start(path, *arguments):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.full)])
 def test_processes_that_ask_overlapping_questions_at_once_agree(path, count):
     together = [start(path, number // 2) for number in range(count)]
     found = [process.communicate()[0].splitlines()[-1] for process in together]

@@ -60,7 +60,7 @@ def close(found, expected):
     [
         pytest.param("factored", 600, marks=pytest.mark.full),
         ("scan", 2**30),
-        ({"a": "scan", "b": "vmap"}, 600),
+        pytest.param({"a": "scan", "b": "vmap"}, 600, marks=pytest.mark.full),
         pytest.param("factored", 2**30, marks=pytest.mark.full),
         pytest.param("vmap", 600, marks=pytest.mark.full),
         pytest.param("vmap", 2**30, marks=pytest.mark.full),

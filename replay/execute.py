@@ -41,7 +41,7 @@ from replay.query.nodes import (
 )
 from replay.reducing import reduce_now
 from replay.reuse import Course
-from replay.values import Value, aligned, on_host, stacked, without_walk
+from replay.values import Value, aligned, none_of, on_host, stacked, without_walk
 
 MEMORY = 2**30
 _KEPT = (Grade.BITWISE, Grade.UNAUDITED)  # and kept with their answers
@@ -196,10 +196,16 @@ class Execution:
             return reduce_now(node, Everything(self.value), np)
         rows = Known(self.value)
         asked = self.runs[next(node.child.scans()).run]
-        if walked not in node.over:
-            root: Any = Collected(node)
-        else:
-            root = Fold(node, asked)
+        if walked not in node.over:  # each step by itself
+            found = [
+                on_host(reduce_now(node, rows.at(step, self._ids(node.child, step)), np))
+                for step in node.child.steps.tolist()
+            ]
+            if found:
+                return stacked(walked, found)
+            blank = reduce_now(node, rows.blank(self._ids(node.child, 0)), np)
+            return none_of(stacked(walked, [blank]), walked)
+        root = Fold(node, asked)
         for step in node.child.steps.tolist():
             root.take(rows.at(step, self._ids(node.child, step)))
         self._keys[node] = root.keys()

@@ -1108,6 +1108,18 @@ def test_columns_of_the_log_are_quantities_of_steps_whatever_is_chosen_of_them(s
     assert (run.samples == 3).sum().compute().item() == (truth.ids == 3).sum()
 
 
+def test_what_the_log_answers_is_reduced_within_each_step(small):
+    run, truth, labels = small
+    each, by_label, none = replay.compute(
+        (run.samples > 7).sum("position"),
+        (run.samples >= 0).groupby(labels).sum("position"),
+        (run.samples > 7).sel(step=slice(5, 5)).sum("position"),
+    )
+    assert (values(each) == (truth.ids > 7).sum(1)).all() and values(none).shape == (0,)
+    wanted = np.stack([(labels[truth.ids] == name).sum(1) for name in range(3)], 1)
+    assert (values(by_label) == wanted).all()
+
+
 def test_dimensions_of_answers_can_be_renamed(small):
     run, truth, _ = small
     renamed = run.sample_losses.rename(position="place")

@@ -6,7 +6,7 @@ import functools
 import operator
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from replay.artifact import KEY_IMPLEMENTATION
 from replay.asking import Asking, Subject
 from replay.cache import Cache
 from replay.data import Data
-from replay.errors import Grade, LogError, OrderError, printable
+from replay.errors import Grade, LogError, OrderError, QueryError, printable
 from replay.grads.per_sample import MEMORY
 from replay.grads.reductions import Reduction, TopK
 from replay.grads.stream import check
@@ -26,7 +26,7 @@ from replay.log import Log, thin
 from replay.order import Order
 from replay.program import Inputs, Program, State
 from replay.progress import progress_bar
-from replay.quantities import Quantities
+from replay.quantities import OtherSamples, Quantities
 from replay.query.expressions import Expression
 from replay.query.nodes import Node
 from replay.recorder import Recorder, check_program, state_tree
@@ -156,6 +156,7 @@ class Run(Quantities):
         self.log, self._data, self._tree, self._allow = log, data, tree, tuple(allow)
         self._replayer = Replayer(log, data, allow=allow)
         self._gradients: dict[int, SampleGradients] = {}
+        self._others: list[tuple[Any, str, OtherSamples]] = []
         subject = Subject(
             self.path,
             log,
@@ -473,6 +474,88 @@ class Run(Quantities):
                     report(1)
         return state
 
+    def sql(
+        self,
+        text: str,
+        *,
+        tables: Mapping[str, Any] | None = None,
+        runs: "Mapping[str, Run] | None" = None,
+        sources: Mapping[str, Any] | None = None,
+        parameters: Any = None,
+        limit_rows: int = 1_000_000,
+        **options: Any,
+    ) -> Any:
+        """Answer a statement of SQL, in DuckDB's dialect.
+
+        Tables are the quantities, with a column for each dimension (`step` or `state`, `epoch`,
+        `position`, `sample`, `tensor`, `weight`) and `value`; see `docs/sql.md`. What can be
+        reduced along a replay is, in one replay; DuckDB runs the rest on what is left.
+
+        Args:
+            text: one `SELECT`.
+            tables: other tables by name: of Arrow, pandas or polars, or dicts of columns.
+            runs: other runs by name, as in `FROM a.weights`.
+            sources: other samples by name, as in `FROM test.sample_losses` or
+                `FROM a.test.sample_losses`: anything that `run.on` takes.
+            parameters: values of `?` and `$1`, or of `$name` by name.
+            limit_rows: how many rows may be read one by one, where nothing reduces them.
+            **options: as for `replay.compute`.
+
+        Returns:
+            A `Table`: `.rows`, `.df()`, `.to_arrow()`, `.attrs` with plan, grade and the SQL that
+            DuckDB ran.
+
+        Raises:
+            QueryError: a table or a column does not exist, too many rows would be read, or the
+                extra `sql` is not installed.
+            LogError, DataError, DivergenceError: as `trajectory`.
+
+        Example:
+            `run.sql("SELECT tensor, sum(abs(value)) AS path FROM updates GROUP BY tensor").df()`
+        """
+        front = _sql()
+        session = self._session(front, tables, runs, sources, limit_rows, options)
+        return front.ask(session, text, parameters)
+
+    def explain_sql(
+        self,
+        text: str,
+        *,
+        tables: Mapping[str, Any] | None = None,
+        runs: "Mapping[str, Run] | None" = None,
+        sources: Mapping[str, Any] | None = None,
+        parameters: Any = None,
+        limit_rows: int = 1_000_000,
+        **options: Any,
+    ) -> str:
+        """Tell what a statement asks of the run and what that takes; nothing is replayed.
+
+        Args: as for `sql`.
+        """
+        front = _sql()
+        session = self._session(front, tables, runs, sources, limit_rows, options)
+        return front.explain(session, text, parameters)
+
+    def _session(self, front: Any, tables, runs, sources, limit_rows: int, options) -> Any:
+        given = {"": self, **(runs or {})}
+        homes: dict[int, Any] = {}
+        for run in given.values():
+            if id(run) not in homes:
+                others = {name: run._known_as(x, name) for name, x in (sources or {}).items()}
+                homes[id(run)] = front.Home(run, others)
+        named = {name: homes[id(run)] for name, run in given.items()}
+        return front.Session(named, tables or {}, limit=limit_rows, options=options)
+
+    def _known_as(self, source: Any, name: str) -> OtherSamples:
+        """Return other samples, the same object for the same source, so that plans stay equal."""
+        if isinstance(source, OtherSamples):
+            return source
+        for known, called, found in self._others:
+            if known is source and called == name:
+                return found
+        self._others.append((source, name, self.on(source, name=name)))
+        return self._others[-1][2]
+
     def samples_at(self, occurrences: Any) -> np.ndarray:
         """Return the sample ids of occurrences (step · batch size + position); -1 stays -1."""
         occurrences = np.asarray(occurrences)
@@ -645,6 +728,19 @@ def compute(
         strategy=strategy,
         cache=cache,
     )
+
+
+def _sql() -> Any:
+    """Return the front end of SQL, which is an extra."""
+    try:
+        from replay.query.sql import session
+    except ImportError as error:
+        raise QueryError(
+            f"{error.name} is not installed",
+            why="SQL is parsed by sqlglot, and what is left of it is run by DuckDB through Arrow",
+            fix="pip install 'jax-replay[sql]', or ask by expressions: run.updates.sum('step')",
+        ) from error
+    return session
 
 
 @functools.lru_cache(maxsize=4)

@@ -13,11 +13,13 @@ import os
 import pathlib
 import re
 import socket
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pandas as pd
 import rich.box
 import rich.console
 import rich.table
@@ -35,9 +37,11 @@ from replay.tree import lower, nest, paths
 
 _STYLES = {Grade.BITWISE: "green", Grade.NUMERIC: "yellow", Grade.FAILED: "red"}
 _MOST_TENSORS = 20
+_MOST_ROWS = 1000
 
 _Where = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 _Samples = Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE.npz")]
+_Pairs = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 _Picture = Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE.png")]
 
 app = tyro.extras.SubcommandApp()
@@ -285,7 +289,8 @@ class _Asked:
     """
 
     explain: bool = False
-    plot: _Picture = None
+    plot: _Pairs = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+_Picture = None
     data: _Samples = None
 
 
@@ -431,6 +436,88 @@ def ask(
     return 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Named:
+    """What a statement may name besides the run.
+
+    Args:
+        run_: another run by a name, NAME=RUN, as in FROM NAME.weights; may be repeated
+        table: a table by a name, NAME=FILE.csv or FILE.parquet; may be repeated
+        limit_rows: how many rows may be read one by one
+        data: the samples of a run that does not hold them, as numpy.savez(FILE, x=..., y=...) does
+    """
+
+    run_: Annotated[_Pairs, tyro.conf.arg(name="run", metavar="NAME=RUN")] = ()
+    table: Annotated[_Pairs, tyro.conf.arg(metavar="NAME=FILE")] = ()
+    limit_rows: int = 1_000_000
+    data: _Samples = None
+
+    def options(self) -> dict[str, Any]:
+        tables = {name: _table(pathlib.Path(file)) for name, file in _pairs("table", self.table)}
+        runs = {name: _open_with(where, self.data) for name, where in _pairs("run", self.run_)}
+        return {"tables": tables, "runs": runs, "limit_rows": self.limit_rows}
+
+
+@app.command
+def sql(
+    run: _Where,
+    statement: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STATEMENT")],
+    named: _Named = _Named(),  # noqa: B008  # frozen
+    explain: bool = False,
+    csv: bool = False,
+    json: bool = False,
+    parquet: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE")] = None,
+) -> int:
+    """Answer a statement of SQL about a run: a SELECT over weights, grads, sample_updates, ...
+
+    Example: replay sql runs/digits "SELECT tensor, sum(abs(value)) AS path FROM updates GROUP BY 1"
+
+    Args:
+        run: the run directory, or the URL of a key-value store
+        statement: one SELECT, in the dialect of DuckDB
+        named: other runs and tables
+        explain: print what the answer would take, and replay nothing
+        csv: print the rows as CSV
+        json: print the rows as JSON, one object a line
+        parquet: write the rows to this file; an earlier one is replaced
+    """
+    if parquet is not None:
+        _check_target(parquet, replace=True)
+    recorded, options = _open_with(run, named.data), named.options()
+    if explain:
+        _say(*recorded.explain_sql(statement, **options).splitlines())
+        return 0
+    answer = recorded.sql(statement, **options)
+    if parquet is not None:
+        answer.to_parquet(parquet)
+        _say(f"{len(answer):,} rows are in {parquet}, {decimal(parquet.stat().st_size)}")
+    elif csv or json:
+        _print_rows(answer, csv=csv)
+    else:
+        _show_rows(answer)
+    return 0
+
+
+@app.command
+def explain(
+    run: _Where,
+    statement: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STATEMENT")],
+    named: _Named = _Named(),  # noqa: B008  # frozen
+) -> int:
+    """Tell what a statement of SQL would take, and replay nothing.
+
+    Example: replay explain runs/digits "SELECT step, max(abs(value)) FROM grads GROUP BY step"
+
+    Args:
+        run: the run directory, or the URL of a key-value store
+        statement: one SELECT, in the dialect of DuckDB
+        named: other runs and tables
+    """
+    recorded = _open_with(run, named.data)
+    _say(*recorded.explain_sql(statement, **named.options()).splitlines())
+    return 0
+
+
 @app.command
 def thin(run: _Where, keep: int) -> int:
     """Give up stored states, so that about so many evenly spread ones are left.
@@ -503,6 +590,53 @@ def _open_with(run: str, data: pathlib.Path | None) -> Run:
         ) from error
     named = isinstance(loaded, dict)
     return open(run, data=nest(list(loaded), list(loaded.values())) if named else loaded)
+
+
+def _pairs(option: str, given: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not (name.isidentifier() and equals and value):
+            raise ReplayError(
+                f"--{option} {pair}",
+                why="what a statement names is given as NAME=VALUE",
+                fix=f"--{option} name=value",
+            )
+        yield name, value
+
+
+def _table(file: pathlib.Path) -> Any:
+    """Read a table from a file of CSV or Parquet."""
+    try:
+        if file.suffix.lower() == ".parquet":
+            return pd.read_parquet(file)
+        return pd.read_csv(file)
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(
+            f"{file} cannot be read: {str(error).partition(chr(10))[0]}",
+            why="tables are read from CSV, with a line of names, or from Parquet",
+            fix="--table labels=labels.csv, with columns such as sample and label",
+        ) from error
+
+
+def _show_rows(answer: Any) -> None:
+    """Print rows as a table, and what they were made from."""
+    shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    words = answer.df().dtypes.map(lambda kind: kind.kind not in "iuf").tolist()
+    for name, word in zip(answer.columns, words, strict=True):
+        shown.add_column(_plain(name), justify="left" if word else "right", overflow="fold")
+    for row in answer.rows[:_MOST_ROWS]:
+        cells = ["" if x is None else f"{x:.6g}" if isinstance(x, float) else x for x in row]
+        shown.add_row(*map(_plain, cells))
+    _console().print(shown)
+    more = f", {_MOST_ROWS} shown: --csv prints all" if len(answer) > _MOST_ROWS else ""
+    steps = f"{answer.attrs['steps']:,} steps replayed"
+    _say(f"{len(answer):,} rows{more}; {steps}, {answer.attrs['grade']}")
+
+
+def _print_rows(answer: Any, *, csv: bool) -> None:
+    frame = answer.df()
+    text = frame.to_csv(index=False) if csv else frame.to_json(orient="records", lines=True)
+    sys.stdout.write("".join(f"{printable(line)}\n" for line in text.splitlines()))
 
 
 def _slice(steps: str) -> slice:

@@ -22,6 +22,7 @@ from replay.query.sql.formulas import (
     affine,
     column,
     constant,
+    exchanged,
     is_condition,
     leaf,
     leaves,
@@ -326,11 +327,11 @@ class Aggregation:
 
     def formula(self, formula: exp.Expr) -> exp.Expr:
         """Return a formula with leaves in the place of aggregates and groups."""
-        return _exchanged(formula, self._changes)
+        return exchanged(formula, self._changes)
 
     def again_of(self, formula: exp.Expr) -> exp.Expr:
         """Return a formula in which DuckDB puts groups together."""
-        return _exchanged(formula, {**self._changes, **self._merges})
+        return exchanged(formula, {**self._changes, **self._merges})
 
     def _call(self, call: exp.Expr) -> exp.Expr:
         key, conditions = repr_of(call), []
@@ -461,7 +462,9 @@ class Aggregation:
 
     def _guard(self, formula: exp.Expr, relation: Dense, guarded: bool) -> exp.Expr:
         """Return NULL where there are no rows."""
-        if not guarded:
+        rows = self._rows(relation) if guarded else None
+        known = self._values[rows.name] if rows is not None else None
+        if rows is None or (isinstance(known, Counted) and (known.array > 0).all()):
             return formula
         some = exp.GT(this=self._rows(relation), expression=exp.Literal.number(0))
         return exp.Case(ifs=[exp.If(this=some, true=formula)])
@@ -668,24 +671,6 @@ def _ordered(dims: Sequence[str]) -> tuple[str, ...]:
     known = ("epoch", "window", "step", "state", "position", "sample", "tensor", "group")
     front = [dim for dim in known if dim in dims]
     return (*front, *(dim for dim in dims if dim not in front))
-
-
-def _exchanged(formula: exp.Expr, changes: dict[str, exp.Expr]) -> exp.Expr:
-    """Put other formulas in the place of equal ones, from the outside in."""
-
-    def visit(node: exp.Expr) -> exp.Expr:
-        if not isinstance(node, exp.Literal | exp.Order | exp.Ordered | exp.Star):
-            found = changes.get(repr_of(node))
-            if found is not None:
-                return found.copy()
-        for key, child in list(node.args.items()):
-            if isinstance(child, exp.Expr):
-                node.set(key, visit(child))
-            elif isinstance(child, list):
-                node.set(key, [visit(x) if isinstance(x, exp.Expr) else x for x in child])
-        return node
-
-    return visit(formula.copy())
 
 
 def _same_parts(first: np.ndarray, other: np.ndarray) -> bool:

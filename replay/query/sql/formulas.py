@@ -83,6 +83,24 @@ def replaced(formula: exp.Expr, changes: Mapping[str, exp.Expr]) -> exp.Expr:
     return formula.copy().transform(change)
 
 
+def exchanged(formula: exp.Expr, changes: Mapping[str, exp.Expr]) -> exp.Expr:
+    """Put other formulas in the place of equal ones, from the outside in."""
+
+    def visit(node: exp.Expr) -> exp.Expr:
+        if not isinstance(node, exp.Literal | exp.Order | exp.Ordered | exp.Star):
+            found = changes.get(repr_of(node))
+            if found is not None:
+                return found.copy()
+        for key, child in list(node.args.items()):
+            if isinstance(child, exp.Expr):
+                node.set(key, visit(child))
+            elif isinstance(child, list):
+                node.set(key, [visit(x) if isinstance(x, exp.Expr) else x for x in child])
+        return node
+
+    return visit(formula.copy())
+
+
 def affine(formula: exp.Expr) -> tuple[str, int] | None:
     """Return the leaf and the whole number of `leaf + number`, or None."""
     if isinstance(formula, exp.Paren):

@@ -120,7 +120,7 @@ class Lowering:
         wanted = set()
         for formula in (*columns.values(), *relation.residual):
             wanted |= leaves(formula)
-        self._check(relation)
+        self._check(relation, wanted)
         self.pending[name] = (relation, wanted)
         chosen = [exp.alias_(of_table(formula, name), as_name, quoted=True)
                   for as_name, formula in columns.items()]  # fmt: skip
@@ -129,12 +129,13 @@ class Lowering:
             found = found.where(of_table(condition, name), copy=False)
         return found
 
-    def _check(self, relation: Dense) -> None:
-        if relation.rows <= self._limit or self.later:
+    def _check(self, relation: Dense, wanted: set[str]) -> None:
+        rows = relation.read_one_by_one(wanted)
+        if rows <= self._limit or self.later:
             return
         why = "; ".join(dict.fromkeys(relation.notes)) or "nothing in the statement reduces them"
         raise QueryError(
-            f"{relation.rows:,} rows of {relation.title} would be read one by one",
+            f"{rows:,} rows of {relation.title} would be read one by one",
             why=f"the limit is {self._limit:,} rows; {why}",
             fix="aggregate with GROUP BY (sum, avg, count, min, max, var_pop, arg_max(sample, "
             "value, 10), ...), rank with ORDER BY value DESC LIMIT k, filter by step, epoch, "

@@ -47,6 +47,10 @@ class Key(NamedTuple):
     entries: np.ndarray | None = None
     column: Any = None
 
+    def is_number(self, domain: str = "") -> bool:
+        """Whether this is the number of an entry itself, of a dimension if that is given."""
+        return self.entries is None and domain in ("", self.domain)
+
 
 class Counted(NamedTuple):
     """An array that is known before anything is replayed, such as a count of rows."""
@@ -120,7 +124,8 @@ class Dense:
         chosen: samples that occurrences are limited to.
         kept: dimension -> the only entries that have rows, where the scan could not be limited.
         taken: how occurrences are taken: an anchor, and the options of `before` and `after`.
-        ranked: an expression whose largest entries are the only rows that matter.
+        ranked: a ranking whose entries are the only rows that matter, how many they are, and the
+            leaf that stands for what is ranked.
         notes: what was not lowered, and why.
         names: what the entries of `group` are called in answers.
         there: which entries have a row, where that is not all of them.
@@ -140,7 +145,7 @@ class Dense:
     chosen: np.ndarray | None = None
     kept: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     taken: tuple[Any, dict[str, Any]] | None = None
-    ranked: tuple[Expression, int] | None = None
+    ranked: tuple[Expression, int, str] | None = None
     notes: tuple[str, ...] = ()
     names: tuple[Any, ...] = ()
     there: Counted | None = None
@@ -167,7 +172,7 @@ class Dense:
     def rows(self) -> int:
         """How many rows there are at most."""
         if self.ranked is not None:
-            _, k = self.ranked
+            _, k, _ = self.ranked
             left = [dim for dim in self.dims if dim not in self._ranked_over()]
             return k * math.prod(len(self.entries[dim]) for dim in left)
         if self.taken is not None:
@@ -184,9 +189,21 @@ class Dense:
             found = math.ceil(found * min(share * 2, 1.0))
         return found
 
+    def read_one_by_one(self, wanted: set[str]) -> int:
+        """Return how many entries have to be collected for some leaves."""
+        found = self.rows
+        if self.ranked is not None:
+            whole = dataclasses.replace(self, ranked=None)
+            for name in wanted - {self.ranked[2]}:
+                value = self.values.get(name)
+                if isinstance(value, Expression):
+                    sizes = [len(self.entries[dim]) for dim in value.dims]
+                    found = max(found, min(whole.rows, math.prod(sizes)))
+        return found
+
     def number(self, domain: str) -> str | None:
         """Return the leaf that is the number of a dimension itself."""
-        return next((n for n, k in self.keys.items() if k == Key(domain)), None)
+        return next((n for n, k in self.keys.items() if k.is_number(domain)), None)
 
     def tensor_of(self, weights: np.ndarray) -> np.ndarray:
         """Return the number of the tensor of weights."""
@@ -425,8 +442,13 @@ class Dense:
         plan: Any = self.ranked[0].plan
         return plan.over
 
-    def top(self, formula: exp.Expr, k: int, smallest: bool, over: Sequence[str]) -> "Dense":
+    def top(
+        self, formula: exp.Expr, k: int, smallest: bool, over: Sequence[str]
+    ) -> tuple["Dense", dict[str, exp.Expr]]:
         """Return only the rows that rank first along some dimensions.
+
+        Returns:
+            The relation, and the leaf that takes the place of the formula.
 
         Raises:
             Unlowerable: the ranks cannot be told on the device.
@@ -435,18 +457,21 @@ class Dense:
         cut = self.residual or self.kept or self.taken or self.there is not None
         if cut or placed or not over or k < 1:
             raise Unlowerable("a ranking of rows that were filtered afterwards")
+        while isinstance(formula, exp.Paren):
+            formula = formula.this
         value = self.expression(formula)
         if not isinstance(value, Expression) or not set(over) <= set(value.dims):
             raise Unlowerable("a ranking by what is the same in all rows")
+        if math.prod(len(self.known(dim)) for dim in over) <= k:
+            return self, {}
+        own = leaf()
+        values = {**self.values, own: value}
         value = self.of_samples(value)
-        if self.mask is not None or self.chosen is not None:
-            worst = math.inf if smallest else -math.inf
-            if self.mask is not None:
-                value = value.where(self.mask, worst)
-        size = math.prod(len(self.known(dim)) for dim in over)
-        if size <= k:
-            return self
-        return dataclasses.replace(self, ranked=(value.top_k(k, tuple(over), smallest=smallest), k))
+        if self.mask is not None:
+            value = value.where(self.mask, math.inf if smallest else -math.inf)
+        ranking = value.top_k(k, tuple(over), smallest=smallest)
+        found = dataclasses.replace(self, values=values, ranked=(ranking, k, own))
+        return found, {repr_of(formula): column(own)}
 
     def of_samples(self, value: Expression) -> Expression:
         """Limit an expression to the chosen samples."""
@@ -477,11 +502,7 @@ class Dense:
             found["__sample"] = Expression(restrict(samples.plan, "step", at), samples.source)
         if self.ranked is not None:
             found["__rank"] = self.ranked[0]
-            mine = set(found) - {"__rank", "__sample", "__mask"}
-            child: Any = self.ranked[0].plan
-            for name in mine:  # what is ranked comes with its rank
-                if found[name].plan == child.child:
-                    del found[name]
+            found.pop(self.ranked[2], None)  # what is ranked comes with its rank
             found.pop("__mask", None)
         if self.taken is not None:
             anchor, options = self.taken
@@ -492,6 +513,8 @@ class Dense:
             plan: Any = first.plan
             assert isinstance(plan, Take)
             for name, value in found.items():
+                if not value.dims:
+                    continue
                 if "step" not in value.dims:
                     raise Unlowerable("rows before a step that have no step")
                 own = plan if value is base else dataclasses.replace(
@@ -595,15 +618,13 @@ class Dense:
             at[dim] = self.place(fields, dim, lambda x: x.transpose(order).reshape(-1))
         at = {dim: x[there] for dim, x in at.items()}
         data = {}
-        child: Any = self.ranked[0].plan
         for name in wanted:
             value = self.values.get(name)
-            if isinstance(value, Expression):
-                if name in answers:
-                    own, array = decoded(answers[name])
-                    data[name] = self._gathered(own, array, at)
-                elif value.plan == child.child:
-                    data[name] = values.transpose(order).reshape(-1)[there]
+            if name == self.ranked[2]:
+                data[name] = values.transpose(order).reshape(-1)[there]
+            elif isinstance(value, Expression):
+                own, array = decoded(answers[name])
+                data[name] = self._gathered(own, array, at)
             elif isinstance(value, Counted):
                 data[name] = self._gathered(value.dims, value.array, at)
         if "__sample" in answers:
@@ -682,7 +703,8 @@ def decoded(answer: Any) -> tuple[tuple[str, ...], np.ndarray]:
             continue
         own = [d for d in array.dims if str(d).startswith(f"{array.attrs['tensor']}:")]
         lead = tuple(str(d) for d in array.dims if d not in own)
-        arrays.append(array.values.reshape(*array.shape[: len(lead)], -1))
+        sizes = [array.sizes[dim] for dim in own]
+        arrays.append(array.values.reshape(*array.shape[: len(lead)], math.prod(sizes)))
     return (*lead, "weight"), np.concatenate(arrays, -1)
 
 
@@ -699,8 +721,8 @@ def ranking(answer: Any) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
         name = array.attrs.get("field")
         if name is not None:
             own = [d for d in array.dims if str(d).startswith(f"{array.attrs['tensor']}:")]
-            lead = array.shape[: array.ndim - len(own)]
-            gathered.setdefault(name, []).append(array.values.reshape(*lead, -1))
+            shape = (*array.shape[: array.ndim - len(own)], math.prod(array.sizes[d] for d in own))
+            gathered.setdefault(name, []).append(array.values.reshape(shape))
     return values, {name: np.concatenate(x, -1) for name, x in gathered.items()}, list(dims)
 
 

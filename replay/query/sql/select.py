@@ -18,6 +18,7 @@ from replay.query.sql.formulas import (
     conjuncts,
     constant,
     enclosed,
+    exchanged,
     inside,
     leaf,
     leaves,
@@ -284,11 +285,14 @@ class Select:
                 pairs.append(sides)
         for x, y in pairs:  # steps beside states, and states beside the next
             a, b = first.keys[x[0]], other.keys[y[0]]
-            if {a, b} == {Key("step"), Key("state")} or (a == b == Key("state") and x[1] != y[1]):
+            if not (a.is_number() and b.is_number()):
+                continue
+            walks = {a.domain, b.domain}
+            if walks == {"step", "state"} or (walks == {"state"} and x[1] != y[1]):
                 return self._beside(first, other, alias, pool, x, y)
         same = {first.keys[x[0]].domain for x, y in pairs
-                if first.keys[x[0]] == other.keys[y[0]] and x[1] == y[1]
-                and first.keys[x[0]].entries is None}  # fmt: skip
+                if first.keys[x[0]].is_number(other.keys[y[0]].domain) and x[1] == y[1]
+                and other.keys[y[0]].is_number()}  # fmt: skip
         for dim in ("tensor", "position", *other.dims):
             if dim in first.dims or (dim == "tensor" and "weight" in first.dims):
                 if dim not in other.dims and not (dim == "tensor" and "weight" in other.dims):
@@ -331,7 +335,7 @@ class Select:
         return dataclasses.replace(
             first,
             title=f"{first.title} and {other.title}" if first.title != other.title else first.title,
-            keys={**other.keys, **first.keys},
+            keys={**first.keys, **other.keys},
             values={**first.values, **other.values},
             missing=first.missing | other.missing,
             masks=(*first.masks, *other.masks),
@@ -343,13 +347,13 @@ class Select:
     def _beside(self, first, other, alias, pool, x, y):
         """Look at states from the steps that they are joined to."""
         a = first.keys[x[0]]
-        if a == Key("state") and other.keys[y[0]] == Key("state"):
+        if a.is_number("state") and other.keys[y[0]].is_number("state"):
             shift = x[1] - y[1]  # first + shift = other
             if abs(shift) != 1:
                 return None
             offsets = (0, 1) if shift == 1 else (1, 0)
             changed = [r.beside(o) for r, o in zip((first, other), offsets, strict=True)]
-        elif a == Key("step"):
+        elif a.is_number("step"):
             if x[1] - y[1] not in (0, 1):
                 return None
             changed = [(first, {}), other.beside(x[1] - y[1])]
@@ -581,9 +585,9 @@ class Select:
     def _finished(self, relation: Dense, projections, tail) -> exp.Select:
         """Leave order, limit, distinct rows and windows to DuckDB, of no more rows than matter."""
         node = self._node
-        relation = self._pruned(relation, projections, tail)
-        formulas = dict(projections)
-        clauses = {name: clause for name, clause in tail.items() if name != "having"}
+        relation, changes = self._pruned(relation, projections, tail)
+        formulas = {name: exchanged(x, changes) for name, x in projections.items()}
+        clauses = {name: exchanged(x, changes) for name, x in tail.items() if name != "having"}
         names = set().union(*(leaves(x) for x in (*formulas.values(), *clauses.values())))
         base = self._lowering.rows(relation, {name: column(name) for name in names})
         rows = base.args["from_"].this.name
@@ -599,7 +603,7 @@ class Select:
             query = query.order_by(exp.column("__row", table=rows, quoted=True), append=True)
         return query
 
-    def _pruned(self, relation: Dense, projections, tail) -> Dense:
+    def _pruned(self, relation: Dense, projections, tail) -> Any:
         """Read only the rows that can be among the first."""
         node = self._node
         try:
@@ -610,19 +614,19 @@ class Select:
                 limit is None or node.args.get("distinct") is not None
                 or any(x.find(exp.Window) for x in projections.values())
             ):  # fmt: skip
-                return relation
+                return relation, {}
             count = constant(limit.expression)
             offset = node.args.get("offset")
             more = 0 if offset is None else constant(offset.expression)
             if not isinstance(count, int) or not isinstance(more, int):
-                return relation
+                return relation, {}
             terms = tail["order"].expressions if "order" in tail else []
             return self._first(relation, terms, count + more)
         except Unlowerable as reason:
             note = f"its order is left to DuckDB: {reason}"
-            return dataclasses.replace(relation, notes=(*relation.notes, note))
+            return dataclasses.replace(relation, notes=(*relation.notes, note)), {}
 
-    def _first(self, relation: Dense, terms: Sequence[Any], count: int) -> Dense:
+    def _first(self, relation: Dense, terms: Sequence[Any], count: int) -> Any:
         numbers = [only_leaf(term.this) for term in terms]
         walks = [relation.number(dim) for dim in ("step", "position") if dim in relation.dims]
         plain = [n for n in numbers if n is not None and n in relation.keys]
@@ -639,10 +643,10 @@ class Select:
                 and relation.walk == "step" and not relation.masks and not relation.residual
                 and relation.chosen is None and not relation.kept
             ):  # fmt: skip
-                return self._taken(relation, count, down == {True})
-            return relation
+                return self._taken(relation, count, down == {True}), {}
+            return relation, {}
         if not terms:
-            return relation
+            return relation, {}
         first, *others = terms
         smallest = not first.args.get("desc")
         settled = self._lowering.settled(relation)
@@ -666,7 +670,7 @@ class Select:
         options = {**options, "last" if last else "first": count}
         return dataclasses.replace(relation, taken=(anchor, options))
 
-    def _ranked(self, relation: Dense, condition: exp.Expr) -> Dense:
+    def _ranked(self, relation: Dense, condition: exp.Expr) -> Any:
         """Read only the rows of a rank that a condition admits."""
         parts = conjuncts(condition)
         found = [x for x in map(_limit_of_rank, parts) if x is not None]
@@ -683,7 +687,7 @@ class Select:
         if "tensor" in kept and "weight" in relation.dims and "weight" not in kept:
             raise Unlowerable("ranks within tensors")
         kept -= {"tensor"} if "weight" in kept else set()
-        if any(relation.keys[n] != Key(relation.keys[n].domain) for n in parted):
+        if not all(relation.keys[n].is_number() for n in parted):
             raise Unlowerable("ranks within groups of keys")
         over = [dim for dim in relation.dims if dim not in kept]
         settled = self._lowering.settled(relation)

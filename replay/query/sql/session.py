@@ -15,6 +15,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import sqlglot
+from pyarrow import parquet
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
 from sqlglot.optimizer.annotate_types import annotate_types
@@ -60,6 +61,10 @@ class Table:
     def df(self) -> Any:
         """Return a data frame of pandas."""
         return self._table.to_pandas()
+
+    def to_parquet(self, path: Any) -> None:
+        """Write a file of Parquet; an earlier one is replaced."""
+        parquet.write_table(self._table, path)
 
     @property
     def columns(self) -> list[str]:
@@ -217,7 +222,7 @@ class Session:
 
     def _unknown(self, error: Exception, text: str) -> QueryError:
         message = str(error).partition("\n")[0]
-        found = re.search(r"[Cc]olumn '?\"?([\w.]+)'?\"?", message)
+        found = re.search(r"[Cc]olumn:? '?\"?([\w.]+)'?\"?", message)
         place = re.search(r"[Ll]ine:? (\d+)", message)
         line = f" in line {place.group(1)}" if place else _line(text, found and found.group(1))
         used = {n: list(c) for n, c in self.schema.items()}
@@ -509,8 +514,8 @@ def explain(session: Session, text: str, parameters: Any = None) -> str:
         lines.append(source.explain(*expressions, **options))
     else:
         lines.append("nothing is asked of a run but what its log tells")
-    for query in later:
-        lines += ["first answered, so that the rest can be planned by it:", f"  {query}"]
+    if later:
+        lines.append("what the rest of the statement reads is chosen by this answer")
     if rest is not None:
         lines += [
             "then DuckDB runs",

@@ -244,10 +244,10 @@ def _groups(node: Reduce, local: Any) -> Any:
         labels = np.frombuffer(node.by.labels, "<i4")
         return labels[: node.child.scans().__next__().samples]
     ids = local.ids(node)
-    if node.by.kind == "sample":
-        return ids
-    labels = np.frombuffer(node.by.labels, "<i4")
-    return np.where(ids < 0, -1, labels[np.maximum(ids, 0)]).astype(np.int32)
+    group = np.maximum(ids, 0)
+    if node.by.kind == "labels":
+        group = np.frombuffer(node.by.labels, "<i4")[group]
+    return np.where(local.valid(node), group, -1).astype(np.int32)
 
 
 def inputs(

@@ -1004,6 +1004,24 @@ def test_only_some_samples_are_looked_at(small):
     close(run.samples.sel(sample=3).sum().compute().item(), 3.0 * only.sum())
 
 
+def test_groups_have_only_the_samples_that_are_looked_at(small):
+    run, truth, labels = small
+    chosen = [0, 3, 7]
+    sums, means, each = replay.compute(
+        run.sample_losses.sel(sample=chosen).groupby(labels).sum(),
+        run.sample_losses.sel(sample=chosen).groupby(labels).mean(),
+        abs(run.sample_grads.sel(sample=chosen)).groupby("sample").max(),
+    )
+    mine = np.isin(truth.ids, chosen)
+    for name in (0, 1):
+        there = truth.losses[mine & (labels[truth.ids] == name)]
+        close(values(sums)[name], there.sum())
+        close(values(means)[name], there.mean())
+    assert values(sums)[2] == 0 and np.isnan(values(means)[2])
+    for sample in chosen:
+        close(values(each)[sample], np.abs(truth.sample_grads[truth.ids == sample]).max(0))
+
+
 # ------------------------------------------------------------ differences, crossings, what is taken
 
 

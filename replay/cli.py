@@ -289,8 +289,7 @@ class _Asked:
     """
 
     explain: bool = False
-    plot: _Pairs = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-_Picture = None
+    plot: _Picture = None
     data: _Samples = None
 
 

@@ -51,10 +51,12 @@ def test_a_recorded_run_is_asked_about_the_samples_it_has_seen(tmp_path):
 
 
 def test_the_five_questions_are_answered(tmp_path):
-    printed = run(PROGRAMS[0] + PROGRAMS[7], tmp_path)
+    printed = run(PROGRAMS[0] + PROGRAMS[7] + PROGRAMS[8], tmp_path)
     assert re.search(r"replay up to \d+ steps of runs/softmax", printed)
     assert "'occurrence': 64" in printed
     assert len(re.findall(r"^\d +\d +\d\.\d+ +\d+ +w$", printed, flags=re.MULTILINE)) == 5
+    in_sql = re.findall(r"^ +(\d) +w +(\d+\.\d+)$", printed, flags=re.MULTILINE)
+    assert len(in_sql) == 3 and "3 rows; BITWISE" in printed
 
 
 @pytest.mark.parametrize("number", [1, 2, 3], ids=["linen", "grain", "hugging face"])

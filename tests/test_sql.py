@@ -1,6 +1,7 @@
 """A statement of SQL means what DuckDB would have made of all rows, and reads only what it must."""
 
 import dataclasses
+import json
 import math
 import sys
 
@@ -8,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 import pytest
 import tiny
 from test_query import close, separate, truth, values
 from tiny import compile_once  # noqa: F401  # the fixture is there for who imports it
 
 import replay
-from replay import QueryError
+from replay import QueryError, cli
 from replay import plan as planning
 from replay.query.sql import session as front
 from replay.query.sql.lowering import Lowering
@@ -534,6 +536,28 @@ def test_there_are_enough_paraphrases():
 # ------------------------------------------------------------- the same as of all rows, in DuckDB
 
 QUICK = (
+    (
+        "SELECT label, avg(value), count(*) FROM sample_losses JOIN (SELECT * FROM labels WHERE "
+        "sample < 7) k USING (sample) GROUP BY label"
+    ),
+    (
+        "SELECT label, count(*) FROM sample_losses JOIN (SELECT * FROM labels UNION ALL SELECT * "
+        "FROM labels) k USING (sample) GROUP BY label"
+    ),
+    (
+        "SELECT step, sample, value FROM sample_losses WHERE value < 0.3 AND sample < 9 ORDER BY "
+        "value DESC LIMIT 4"
+    ),
+    (
+        "SELECT step, arg_max(sample, value) FILTER (WHERE value < 1), arg_max(label, value, 2) "
+        "FROM sample_losses JOIN labels USING (sample) GROUP BY step ORDER BY 1"
+    ),
+    "SELECT tensor, min(step) FROM grads WHERE abs(value) > 0.7 GROUP BY tensor",
+    (
+        "SELECT sum(CASE WHEN value > 1e9 THEN value ELSE 0 END), avg(CASE WHEN value > 0 THEN "
+        "value END), avg(CASE WHEN value > 0 THEN value ELSE 0 END) FROM grads"
+    ),
+    "SELECT epoch, sum(value) FILTER (WHERE tensor = 'out') FROM grads GROUP BY epoch ORDER BY 1",
     "SELECT count(*), min(step), max(step) FROM grads WHERE epoch IN (1,2)",
     (
         "SELECT epoch, tensor, sum(abs(value)), count(*), avg(value) FROM grads GROUP BY epoch, "
@@ -616,6 +640,154 @@ QUICK = (
 )
 
 MORE = (
+    (
+        "SELECT label, step, sum(abs(value)) FROM sample_grads JOIN labels USING (sample) WHERE "
+        "value > 0 AND epoch = 1 GROUP BY ALL ORDER BY 1, 2"
+    ),
+    (
+        "SELECT label, avg(value) AS m FROM sample_losses JOIN labels USING (sample) WHERE value "
+        "> 0.5 GROUP BY label HAVING count(*) > 3 ORDER BY m DESC LIMIT 2"
+    ),
+    (
+        "SELECT avg(m) FROM (SELECT step, avg(value) AS m FROM sample_losses GROUP BY step) "
+        "WHERE step > 4"
+    ),
+    (
+        "SELECT a.step, a.m, b.n FROM (SELECT step, avg(value) AS m FROM sample_losses GROUP BY "
+        "step) a JOIN (SELECT step, max(abs(value)) AS n FROM grads GROUP BY step) b USING "
+        "(step) ORDER BY 1"
+    ),
+    (
+        "SELECT * FROM (SELECT tensor, epoch, sum(value) AS s FROM grads GROUP BY ALL) WHERE "
+        "tensor = 'out' AND epoch > 2 ORDER BY 2"
+    ),
+    (
+        "SELECT step, position, value FROM sample_losses WHERE sample IN (3, 5) ORDER BY value "
+        "LIMIT 5"
+    ),
+    "SELECT epoch, count(*) FROM sample_losses WHERE value > 0.5 GROUP BY epoch ORDER BY 1",
+    "SELECT tensor, weight, min(step) FROM grads WHERE abs(value) > 0.7 GROUP BY ALL ORDER BY ALL",
+    "SELECT DISTINCT sample FROM samples WHERE step < 4 ORDER BY 1 LIMIT 5",
+    "SELECT max(step), min(step) FROM sample_losses WHERE value > 3",
+    "SELECT count(*), sum(value), avg(value), min(value) FROM grads WHERE value > 1e9",
+    "SELECT count(*) FILTER (WHERE value > 1e9), sum(value) FILTER (WHERE value > 1e9) FROM grads",
+    (
+        "SELECT sum(CASE WHEN step < 4 THEN 1 ELSE 0 END), sum(CASE WHEN step < 4 THEN value "
+        "ELSE 0 END) FROM grads"
+    ),
+    "SELECT epoch, sum(value) FILTER (WHERE step % 2 = 0) FROM grads GROUP BY epoch ORDER BY 1",
+    "SELECT step, sum(value) FROM grads WHERE step % 2 = 0 OR epoch = 1 GROUP BY step ORDER BY 1",
+    "SELECT step, sum(value) FROM grads WHERE step = 3 OR value > 0.5 GROUP BY step ORDER BY 1",
+    (
+        "SELECT w.state, l.loss, w.value FROM weights w JOIN steps l ON w.state = l.step WHERE "
+        "w.tensor = 'out' AND w.weight = 2 ORDER BY 1"
+    ),
+    (
+        "SELECT tensor, stddev(value), variance(value), stddev_pop(value) FROM weights WHERE "
+        "state = 3 GROUP BY tensor ORDER BY 1"
+    ),
+    "SELECT step, median(value) FROM grads GROUP BY step ORDER BY 1",
+    (
+        "SELECT sample, arg_max(step, value), max(value) FROM sample_losses GROUP BY sample "
+        "ORDER BY 1"
+    ),
+    (
+        "SELECT label, tensor, sum(value), avg(value) FROM sample_grads JOIN labels USING "
+        "(sample) WHERE epoch = 0 GROUP BY ALL ORDER BY ALL"
+    ),
+    (
+        "SELECT label, epoch, avg(value) FROM sample_losses JOIN labels USING (sample) GROUP BY "
+        "ALL ORDER BY 1, 2"
+    ),
+    (
+        "SELECT s.step, s.sample, u.value FROM samples s JOIN sample_updates u USING (step, "
+        "sample) WHERE u.tensor = 'out' AND u.weight = 0 AND s.step < 3 ORDER BY ALL"
+    ),
+    (
+        "SELECT state, max(abs(a.value - b.value)) FROM a.weights a JOIN b.weights b USING "
+        "(state, tensor, weight) WHERE tensor = 'out' GROUP BY state ORDER BY 1"
+    ),
+    (
+        "SELECT step, epoch, sum(value) AS s FROM updates GROUP BY step, epoch HAVING s > 0 "
+        "ORDER BY step"
+    ),
+    (
+        "SELECT tensor, weight FROM updates GROUP BY tensor, weight HAVING sum(abs(value)) > 1.5 "
+        "ORDER BY ALL"
+    ),
+    (
+        "SELECT count(*) FROM (SELECT tensor, weight FROM updates GROUP BY tensor, weight HAVING "
+        "sum(abs(value)) > 1.5)"
+    ),
+    "SELECT max(p) FROM (SELECT tensor, weight, sum(abs(value)) AS p FROM updates GROUP BY ALL)",
+    (
+        "SELECT tensor, arg_max(weight, p, 2) FROM (SELECT tensor, weight, sum(abs(value)) AS p "
+        "FROM updates GROUP BY ALL) GROUP BY tensor ORDER BY 1"
+    ),
+    (
+        "SELECT arg_max(tensor, p) FROM (SELECT tensor, weight, sum(abs(value)) AS p FROM "
+        "updates GROUP BY ALL)"
+    ),
+    (
+        "SELECT x.step, y.step AS next, x.m - y.m FROM (SELECT step, avg(value) m FROM "
+        "sample_losses GROUP BY step) x JOIN (SELECT step, avg(value) m FROM sample_losses GROUP "
+        "BY step) y ON y.step = x.step + 1 ORDER BY 1"
+    ),
+    (
+        "SELECT step, value, lag(value) OVER (ORDER BY step) FROM grads WHERE tensor = 'out' AND "
+        "weight = 1 ORDER BY step"
+    ),
+    (
+        "SELECT step, value - lag(value) OVER (ORDER BY step) AS d FROM grads WHERE tensor = "
+        "'out' AND weight = 1 QUALIFY d > 0 ORDER BY step"
+    ),
+    (
+        "SELECT tensor, weight, count(*) FROM (SELECT tensor, weight, state, value, lag(value) "
+        "OVER (PARTITION BY tensor, weight ORDER BY state) AS p FROM weights) WHERE sign(p) <> "
+        "sign(value) AND p <> 0 GROUP BY ALL ORDER BY ALL"
+    ),
+    (
+        "SELECT s.epoch, avg(l.value) FROM samples s JOIN sample_losses l USING (step, position) "
+        "GROUP BY s.epoch ORDER BY 1"
+    ),
+    "SELECT count(*) FROM sample_losses WHERE step >= (SELECT max(step) - 2 FROM samples)",
+    (
+        "SELECT avg(value) FROM sample_losses WHERE step = (SELECT arg_max(step, m) FROM (SELECT "
+        "step, avg(value) m FROM sample_losses GROUP BY step))"
+    ),
+    "SELECT position, sum(value) FROM sample_losses WHERE step < 5 GROUP BY position ORDER BY 1",
+    "SELECT upper(tensor) AS t, round(sum(value), 1) FROM grads GROUP BY t ORDER BY t",
+    (
+        "SELECT tensor, approx_quantile(weight, 0.5) FROM weights WHERE state = 0 GROUP BY "
+        "tensor ORDER BY 1"
+    ),
+    (
+        "SELECT s.step, l.label, count(*) AS n FROM samples s LEFT JOIN labels l ON l.sample = "
+        "s.sample WHERE l.label = 1 GROUP BY ALL ORDER BY 1"
+    ),
+    (
+        "SELECT * FROM steps s JOIN (SELECT step, max(value) AS worst FROM sample_losses GROUP "
+        "BY step) m USING (step) ORDER BY worst DESC LIMIT 3"
+    ),
+    "SELECT step FROM samples INTERSECT SELECT step FROM steps WHERE loss > 2 ORDER BY 1",
+    (
+        "SELECT state, value FROM weights WHERE tensor LIKE 'o%' AND weight IN (SELECT "
+        "min(weight) FROM weights) AND state < 4 ORDER BY 1"
+    ),
+    "SELECT 100 * avg(CAST(abs(value) > 0.5 AS INT)) AS percent FROM grads",
+    (
+        "SELECT epoch, label, tensor, max(abs(value)) FROM sample_grads JOIN labels USING "
+        "(sample) GROUP BY ALL ORDER BY ALL LIMIT 9"
+    ),
+    (
+        "SELECT step, count(*) AS n FROM grads WHERE value IS NOT NULL GROUP BY step ORDER BY "
+        "step LIMIT 3"
+    ),
+    "SELECT sample, step FROM samples ORDER BY sample, step LIMIT 5",
+    (
+        "SELECT step, sample FROM samples WHERE step BETWEEN (SELECT min(step) FROM steps WHERE "
+        "loss < 1) AND 5 ORDER BY ALL"
+    ),
     "SELECT count(*) FROM sample_grads",
     "SELECT tensor, count(*) AS n, sum(value) FROM updates GROUP BY tensor",
     (
@@ -1019,3 +1191,53 @@ def test_an_answer_is_printed_and_escaped(run):
     assert found.attrs["grade"] == "LOGGED" and "remaining" in found.attrs
     with pytest.raises(QueryError, match="no single value"):
         found.item()
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def replay_sql(capsys, *words):
+    code = cli.main(list(words))
+    return code, capsys.readouterr()
+
+
+def test_the_command_line_prints_a_table_or_csv_or_json(run, capsys):
+    text = "SELECT tensor, count(*) AS n FROM weights WHERE state = 0 GROUP BY tensor ORDER BY n"
+    code, printed = replay_sql(capsys, "sql", run.path, text)
+    assert code == 0 and "hidden   15" in printed.out and "2 rows; 0 steps" in printed.out
+    _, printed = replay_sql(capsys, "sql", run.path, text, "--csv")
+    assert printed.out == "tensor,n\nout,5\nhidden,15\n"
+    _, printed = replay_sql(capsys, "sql", run.path, text, "--json")
+    assert [json.loads(line) for line in printed.out.splitlines()] == [
+        {"tensor": "out", "n": 5},
+        {"tensor": "hidden", "n": 15},
+    ]
+
+
+def test_the_command_line_takes_other_runs_and_tables_and_writes_parquet(
+    run, other, capsys, tmp_path
+):
+    (tmp_path / "labels.csv").write_text("sample,label\n0,a\n1,b\n2,a\n")
+    text = (
+        "SELECT label, count(*) AS n FROM b.samples JOIN labels USING (sample) "
+        "GROUP BY label ORDER BY label"
+    )
+    named = ["--run", f"b={other.path}", "--table", f"labels={tmp_path / 'labels.csv'}"]
+    out = tmp_path / "rows.parquet"
+    code, printed = replay_sql(capsys, "sql", run.path, text, *named, "--parquet", str(out))
+    assert code == 0 and "2 rows are in" in printed.out
+    assert run.sql("SELECT * FROM t", tables={"t": pd.read_parquet(out)}).rows == [
+        ("a", 12),
+        ("b", 6),
+    ]
+
+
+def test_the_command_line_explains_and_refuses(run, capsys):
+    text = "SELECT step, max(abs(value)) FROM grads GROUP BY step"
+    for words in (["explain", run.path, text], ["sql", run.path, text, "--explain"]):
+        code, printed = replay_sql(capsys, *words)
+        assert code == 0 and "max over weight" in printed.out and "replay 24 steps" in printed.out
+    code, printed = replay_sql(capsys, "sql", run.path, "SELECT * FROM nothing")
+    assert code == 2 and "there is no table 'nothing'" in printed.err
+    code, printed = replay_sql(capsys, "sql", run.path, text, "--table", "labels")
+    assert code == 2 and "NAME=VALUE" in printed.err

@@ -12,6 +12,7 @@ import optax
 import pandas as pd
 import pytest
 import tiny
+from jax.ad_checkpoint import checkpoint_name
 from test_query import close, separate, truth, values
 from tiny import compile_once  # noqa: F401  # the fixture is there for who imports it
 
@@ -565,11 +566,6 @@ QUICK = (
     ),
     "SELECT label, avg(value) FROM sample_losses JOIN labels USING (sample) GROUP BY label",
     (
-        "SELECT tensor, weight, label, sum(abs(value)) AS s FROM sample_updates JOIN labels "
-        "USING (sample) WHERE epoch = 3 GROUP BY ALL QUALIFY row_number() OVER (PARTITION BY "
-        "tensor, weight ORDER BY s DESC) <= 2"
-    ),
-    (
         "SELECT step, count(*) FILTER (WHERE value > 0) AS pos, sum(value) FILTER (WHERE value < "
         "-100) AS none FROM grads GROUP BY step ORDER BY step"
     ),
@@ -582,31 +578,14 @@ QUICK = (
         "SELECT s.step, loss, max(abs(value)) AS m FROM grads g JOIN steps s USING (step) WHERE "
         "loss > 1.5 GROUP BY ALL ORDER BY 1"
     ),
-    (
-        "SELECT tensor, weight, sum(abs(value)) p, sum(value) net FROM updates GROUP BY ALL "
-        "ORDER BY p DESC LIMIT 4"
-    ),
     "SELECT DISTINCT epoch, step FROM samples ORDER BY 2",
-    (
-        "SELECT u.step, sqrt(sum(u.value * u.value)) AS norm, sum(u.value * g.value) AS dot FROM "
-        "updates u JOIN grads g USING (step, tensor, weight) GROUP BY u.step ORDER BY 1"
-    ),
     (
         "SELECT b.state, sum(abs(b.value - a.value)) FROM weights a JOIN weights b ON b.state = "
         "a.state + 1 AND a.tensor = b.tensor AND a.weight = b.weight GROUP BY b.state ORDER BY 1"
     ),
     (
-        "SELECT tensor, max(abs(d)) FROM (SELECT tensor, weight, state, value - lag(value) OVER "
-        "(PARTITION BY tensor, weight ORDER BY state) AS d FROM weights) GROUP BY tensor"
-    ),
-    (
         "SELECT step, sample, value FROM sample_losses WHERE value > (SELECT avg(value) FROM "
         "sample_losses) ORDER BY step, position"
-    ),
-    (
-        "WITH top AS (SELECT tensor, weight, sum(abs(value)) AS p FROM updates GROUP BY ALL "
-        "ORDER BY p DESC LIMIT 3) SELECT state, w.tensor, w.weight, w.value FROM weights w JOIN "
-        "top USING (tensor, weight) WHERE state % 8 = 0 ORDER BY 1,2,3"
     ),
     (
         "SELECT step, arg_max(sample, value), arg_min(sample, value), max(value, 2), "
@@ -633,13 +612,35 @@ QUICK = (
         "WITH RECURSIVE r AS (SELECT 1 AS n UNION ALL SELECT n + 1 FROM r WHERE n < 3) SELECT "
         "r.n, s.sample FROM r JOIN samples s ON s.step = r.n ORDER BY 1, position"
     ),
+)
+
+MORE = (
+    (
+        "SELECT tensor, weight, sum(abs(value)) p, sum(value) net FROM updates GROUP BY ALL "
+        "ORDER BY p DESC LIMIT 4"
+    ),
     (
         "SELECT tensor || '!' AS t, weight % 2 AS odd, sum(value) FROM grads GROUP BY ALL ORDER "
         "BY ALL"
     ),
-)
-
-MORE = (
+    (
+        "SELECT tensor, max(abs(d)) FROM (SELECT tensor, weight, state, value - lag(value) OVER "
+        "(PARTITION BY tensor, weight ORDER BY state) AS d FROM weights) GROUP BY tensor"
+    ),
+    (
+        "WITH top AS (SELECT tensor, weight, sum(abs(value)) AS p FROM updates GROUP BY ALL "
+        "ORDER BY p DESC LIMIT 3) SELECT state, w.tensor, w.weight, w.value FROM weights w JOIN "
+        "top USING (tensor, weight) WHERE state % 8 = 0 ORDER BY 1,2,3"
+    ),
+    (
+        "SELECT u.step, sqrt(sum(u.value * u.value)) AS norm, sum(u.value * g.value) AS dot FROM "
+        "updates u JOIN grads g USING (step, tensor, weight) GROUP BY u.step ORDER BY 1"
+    ),
+    (
+        "SELECT tensor, weight, label, sum(abs(value)) AS s FROM sample_updates JOIN labels "
+        "USING (sample) WHERE epoch = 3 GROUP BY ALL QUALIFY row_number() OVER (PARTITION BY "
+        "tensor, weight ORDER BY s DESC) <= 2"
+    ),
     (
         "SELECT label, step, sum(abs(value)) FROM sample_grads JOIN labels USING (sample) WHERE "
         "value > 0 AND epoch = 1 GROUP BY ALL ORDER BY 1, 2"
@@ -968,6 +969,52 @@ def test_more_statements_mean_what_duckdb_makes_of_all_rows(run, settings, every
 @pytest.mark.parametrize("text", [text for texts in PARAPHRASES.values() for text in texts])
 def test_paraphrases_mean_what_duckdb_makes_of_all_rows(run, settings, everything, text):
     check(run, text, settings, everything)
+
+
+PADDED = (
+    "SELECT epoch, count(*), avg(value) FROM sample_losses GROUP BY epoch ORDER BY 1",
+    "SELECT position, count(*), avg(value) FROM sample_losses GROUP BY position ORDER BY 1",
+    "SELECT label, count(*), avg(value) FROM sample_losses JOIN labels USING (sample) "
+    "GROUP BY label ORDER BY 1",
+    "SELECT step, arg_max(sample, value, 4), arg_min(label, value) FROM sample_losses "
+    "JOIN labels USING (sample) GROUP BY step ORDER BY 1",
+    "SELECT * FROM samples ORDER BY step DESC, position DESC LIMIT 7",
+)
+
+
+def test_padding_has_no_rows(tmp_path):
+    data = {name: rows[:14] for name, rows in tiny.DATA.items()}
+    order = replay.Order.shuffled(batch_size=4, epochs=2, seed=2, pad=True)
+    run = tiny.record(tmp_path / "padded", data=data, order=order)
+    labels = {name: column[:14] for name, column in LABELS.items()}
+    settings, known = {"tables": {"labels": labels}, "runs": {}, "sources": {}}, {}
+    assert run.sql("SELECT count(*) FROM samples").item() == 28
+    for text in PADDED:
+        check(run, text, settings, known)
+
+
+TAGGED = (
+    "SELECT unit, avg(abs(value)) FROM activations('hidden') GROUP BY unit ORDER BY 1",
+    "SELECT x.unit, max(value) FROM activations('hidden') x WHERE epoch = 1 GROUP BY x.unit "
+    "ORDER BY 2 DESC LIMIT 2",
+    "SELECT label, unit, avg(value) FROM activations('hidden') JOIN labels USING (sample) "
+    "GROUP BY ALL ORDER BY ALL",
+    "SELECT state, unit, avg(value) FROM a.test.activations('hidden') WHERE state % 12 = 0 "
+    "GROUP BY ALL ORDER BY ALL",
+)
+
+
+def test_activations_are_tables_by_the_name_that_the_loss_gave_them(tmp_path):
+    def loss(params, example, key):
+        hidden = checkpoint_name(jnp.tanh(example["x"] @ params["hidden"]), "hidden")
+        return (hidden @ params["out"] - example["y"]) ** 2
+
+    run = tiny.record(tmp_path / "tagged", tiny.program(loss))
+    tables = {"labels": LABELS}
+    settings = {"tables": tables, "runs": {"a": run}, "sources": {"test": tiny.DATA}}
+    known = {}
+    for text in TAGGED:
+        check(run, text, settings, known)
 
 
 # ---------------------------------------------------------------------------- NaN and infinity

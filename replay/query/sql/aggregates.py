@@ -32,7 +32,7 @@ from replay.query.sql.formulas import (
     repr_of,
     shown,
 )
-from replay.query.sql.relations import Counted, Dense, Key, Places
+from replay.query.sql.relations import RANKED, Counted, Dense, Key, Places
 
 # How the parts of a group are put together where it was kept apart more finely.
 _AGAIN = {
@@ -125,6 +125,10 @@ class Aggregation:
                     pass
                 labels = self._of_samples(by["sample"])
         over = [dim for dim in relation.dims if dim not in self._kept]
+        if "position" in self._kept and {"step"} & set(over):
+            ids = relation.home.ids[relation.entries["step"]]
+            if relation.chosen is not None or (ids < 0).any():
+                raise Unlowerable("positions that have no sample at some steps")
         for dim in over:
             if dim in given.kept:
                 raise Unlowerable(f"entries of {dim} are left out")
@@ -632,6 +636,8 @@ class Aggregation:
         if not isinstance(rank, Expression):
             raise Unlowerable("a ranking by a constant")
         ((_, over),) = self._chain
+        if not set(over) <= RANKED:
+            raise Unlowerable(f"a ranking over {' and '.join(over)}")
         if set(over) - set(rank.dims):
             raise Unlowerable("a ranking by what is the same in many rows")
         key = ""
@@ -652,9 +658,8 @@ class Aggregation:
             domain = relation.keys[key].domain
             reach = {domain, "weight" if domain == "tensor" else domain}
             if domain == "sample" and "sample" not in relation.dims:
-                reach = {"step", "position"}
-                if not reach <= set(over):
-                    raise Unlowerable("samples of single steps or positions")
+                if "position" not in over:
+                    raise Unlowerable("samples of single positions")
             elif not reach & set(over):
                 raise Unlowerable("a key that is the same in the whole group")
         rank = relation.of_samples(rank) if relation.chosen is not None else rank

@@ -32,6 +32,7 @@ from replay.query.sql.formulas import (
 )
 
 WALKS = ("step", "state")
+RANKED = frozenset(("step", "state", "position", "sample", "tensor", "group", "weight"))
 
 
 class Key(NamedTuple):
@@ -459,6 +460,8 @@ class Dense:
             raise Unlowerable("a ranking of rows that were filtered afterwards")
         while isinstance(formula, exp.Paren):
             formula = formula.this
+        if not set(over) <= RANKED:
+            raise Unlowerable(f"a ranking over {' and '.join(over)}")
         value = self.expression(formula)
         if not isinstance(value, Expression) or not set(over) <= set(value.dims):
             raise Unlowerable("a ranking by what is the same in all rows")

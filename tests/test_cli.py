@@ -24,7 +24,9 @@ from replay import cli, demo, questions
 from replay.log import Log
 from replay.store import Place
 
-COMMANDS = ("demo", "ls", "show", "verify", "state", "plot", "ask", "thin", "cache")
+COMMANDS = (
+    "demo", "ls", "show", "verify", "state", "plot", "ask", "sql", "explain", "thin", "cache",
+)  # fmt: skip
 ASKED = ("samples", "weights", "explosion", "zero", "compare")
 
 

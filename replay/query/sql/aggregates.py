@@ -18,6 +18,7 @@ from sqlglot import exp
 from replay.query.expressions import Expression
 from replay.query.nodes import Group, restrict
 from replay.query.sql.formulas import (
+    CONDITIONS,
     Unlowerable,
     affine,
     column,
@@ -693,11 +694,7 @@ def _window(codes: np.ndarray, steps: np.ndarray) -> int:
 
 
 def _is_bool(value: Expression) -> bool:
-    node: Any = value.plan
-    return getattr(node, "function", "") in (
-        "less", "less_equal", "greater", "greater_equal", "equal", "not_equal", "logical_and",
-        "logical_or", "logical_not", "logical_xor", "isnan", "isinf", "isfinite",
-    )  # fmt: skip
+    return getattr(value.plan, "function", "") in CONDITIONS
 
 
 def _double(formula: exp.Expr) -> exp.Expr:

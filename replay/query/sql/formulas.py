@@ -14,9 +14,14 @@ import numpy as np
 from sqlglot import exp
 
 from replay.query.expressions import Expression
+from replay.query.nodes import Reduce
 
 _numbers = itertools.count()
 
+CONDITIONS = frozenset(
+    "less less_equal greater greater_equal equal not_equal logical_and logical_or logical_not "
+    "logical_xor isnan isinf isfinite".split()
+)
 MIRRORED = {exp.LT: exp.GT, exp.LTE: exp.GTE, exp.GT: exp.LT, exp.GTE: exp.LTE}
 
 
@@ -278,6 +283,10 @@ class Formula:
     def _map(self, name: str, *arguments: Any) -> Any:
         if not any(isinstance(x, Expression) for x in arguments):
             raise Unlowerable("a formula of constants alone")
+        counts = [_counts(x.plan) for x in arguments if isinstance(x, Expression)]
+        real = any(isinstance(x, float) for x in arguments)
+        if any(counts) and (real or not all(counts) or name == "divide"):
+            raise Unlowerable("counts and other numbers in one formula")
         first = next(x for x in arguments if isinstance(x, Expression))
         return first._map(name, *arguments)
 
@@ -307,6 +316,13 @@ class Formula:
         if kind in exp.DataType.INTEGER_TYPES and is_condition(node.this):
             return inner
         raise Unlowerable(f"a cast to {node.to.sql('duckdb')}")
+
+
+def _counts(plan: Any) -> bool:
+    """Whether a plan tells whole numbers: how often something holds."""
+    if not isinstance(plan, Reduce) or plan.how != "sum":
+        return False
+    return _counts(plan.child) or getattr(plan.child, "function", "") in CONDITIONS
 
 
 def is_condition(node: Any) -> bool:

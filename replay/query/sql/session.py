@@ -6,7 +6,6 @@ results, through Arrow. It is locked: it reads no file, and knows no table but t
 """
 
 import functools
-import html
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,17 +14,17 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import sqlglot
-from pyarrow import parquet
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
-from sqlglot.optimizer.annotate_types import annotate_types
 from sqlglot.optimizer.qualify import qualify
 
-from replay.errors import QueryError, printable
+from replay.errors import QueryError
 from replay.query.expressions import Expression
 from replay.query.nodes import QUANTITIES
+from replay.query.sql.answers import Table
 from replay.query.sql.formulas import Unlowerable, column, leaf, literal
 from replay.query.sql.lowering import Lowering
+from replay.query.sql.nan import with_our_nan
 from replay.query.sql.relations import Dense, Key
 from replay.query.sql.select import Later
 
@@ -34,99 +33,7 @@ LIMIT = 1_000_000
 _TABLES = tuple(name for name in QUANTITIES if name not in ("activations", "column"))
 _ELSEWHERE = ("sample_losses", "sample_grads")
 _FUNCTIONS = ("range", "generate_series", "unnest")
-_SHOWN = 20
 _WRITES = (exp.DDL, exp.Insert, exp.Update, exp.Delete, exp.Command, exp.Into)
-
-
-class Table:
-    """The answer of a statement: an Arrow table, and other forms of it.
-
-    It implements Arrow's interface (`__arrow_c_stream__`), so polars, pandas, DuckDB and others
-    read it as it is: `polars.DataFrame(answer)`.
-
-    Attributes:
-        attrs: `plan` (what was replayed for it), `remaining` (the SQL that DuckDB ran), `grade`,
-            `steps` (replayed) and, for attributed updates, `rule`.
-    """
-
-    def __init__(self, table: pa.Table, attrs: Mapping[str, Any]):
-        self._table, self.attrs = table, dict(attrs)
-
-    def to_arrow(self) -> pa.Table:
-        """Return the `pyarrow.Table`."""
-        return self._table
-
-    arrow = to_arrow
-
-    def df(self) -> Any:
-        """Return a data frame of pandas."""
-        return self._table.to_pandas()
-
-    def to_parquet(self, path: Any) -> None:
-        """Write a file of Parquet; an earlier one is replaced."""
-        parquet.write_table(self._table, path)
-
-    @property
-    def columns(self) -> list[str]:
-        """The names of the columns."""
-        return self._table.column_names
-
-    @property
-    def rows(self) -> list[tuple[Any, ...]]:
-        """The rows, as tuples of Python's numbers and texts."""
-        lists = [x.to_pylist() for x in self._table.columns]
-        return list(zip(*lists, strict=True)) if lists else []
-
-    def item(self) -> Any:
-        """Return the one value that this answer is.
-
-        Raises:
-            QueryError: it is more than one, or none.
-        """
-        if self._table.shape != (1, 1):
-            raise QueryError(
-                f"the answer is no single value: {self._table.num_rows} rows of "
-                f"{self._table.num_columns} columns",
-                why="it has entries",
-                fix="reduce it in the statement, or read its rows",
-            )
-        return self._table.column(0)[0].as_py()
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
-        return self._table.__arrow_c_stream__(requested_schema)
-
-    def __repr__(self) -> str:
-        cells = [[printable(str(name)) for name in self.columns]]
-        lists = [x.slice(0, _SHOWN).to_pylist() for x in self._table.columns]
-        cells += [[_cell(x) for x in row] for row in zip(*lists, strict=True)]
-        widths = [max(map(len, each)) for each in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(x.rjust(width) for x, width in zip(row, widths, strict=True)).rstrip()
-            for row in cells
-        ]
-        return "\n".join([*lines, self._footing()])
-
-    def _footing(self) -> str:
-        more = f", {_SHOWN} shown" if len(self) > _SHOWN else ""
-        return f"{len(self):,} rows{more}; {self.attrs.get('grade', '')}"
-
-    def _repr_html_(self) -> str:
-        def line(cells, tag):
-            return "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in cells)
-
-        lists = [x.slice(0, _SHOWN).to_pylist() for x in self._table.columns]
-        rows = [line([_cell(x) for x in row], "td") for row in zip(*lists, strict=True)]
-        head = line([printable(str(name)) for name in self.columns], "th")
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<table><tr>{head}</tr>{body}</table><p>{html.escape(self._footing())}</p>"
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else "NULL" if value is None else str(value)
-    return printable(text).replace("\n", "\\n")[:60]
 
 
 class Home:
@@ -399,7 +306,7 @@ class Session:
         """
         known = {**self._kept, **tables}
         schema = {name: _schema(table) for name, table in known.items()}
-        query = _with_our_nan(query.copy(), schema)
+        query = with_our_nan(query.copy(), schema)
         text = query.sql("duckdb", identify=True)
         named = {x.name for x in query.find_all(exp.Table)}
         try:
@@ -722,69 +629,6 @@ def _schema(table: pa.Table) -> dict[str, str]:
         else:
             found[field.name] = "UNKNOWN"
     return found
-
-
-# ------------------------------------------------------------------------------------------ NaN
-
-
-def _with_our_nan(query: exp.Query, schema: dict[str, dict[str, str]]) -> exp.Query:
-    """Give comparisons, extremes and orders of numbers the meaning that expressions give NaN.
-
-    DuckDB calls NaN equal to itself and larger than all numbers. Here a comparison with NaN is
-    false (`<>` is true), `min` and `max` hand it on, and in an order it comes first.
-    """
-    try:
-        query = annotate_types(query, schema=schema, dialect="duckdb")  # type: ignore[assignment]
-    except SqlglotError:
-        return query
-
-    def real(node: Any) -> bool:
-        return (
-            isinstance(node, exp.Expr)
-            and not isinstance(node, exp.Literal)
-            and node.type is not None
-            and node.type.this in (exp.DType.FLOAT, exp.DType.DOUBLE)
-        )
-
-    def nan(*parts: Any) -> list[exp.Expr]:
-        return [exp.IsNan(this=part.copy()) for part in parts if real(part)]
-
-    for node in reversed(
-        list(query.find_all(exp.Binary, exp.Between, exp.Ordered, exp.Min, exp.Max))
-    ):
-        if isinstance(node, exp.EQ | exp.NEQ | exp.LT | exp.LTE | exp.GT | exp.GTE):
-            found = nan(node.this, node.expression)
-            if not found:
-                continue
-            plain = exp.Paren(this=node.copy())
-            if isinstance(node, exp.NEQ):
-                new = exp.or_(plain, *found)
-            else:
-                new = exp.and_(plain, *[exp.Not(this=x) for x in found])
-            node.replace(exp.Paren(this=new))
-        elif isinstance(node, exp.Between):
-            found = nan(node.this, node.args["low"], node.args["high"])
-            if found:
-                new = exp.and_(exp.Paren(this=node.copy()), *[exp.Not(this=x) for x in found])
-                node.replace(exp.Paren(this=new))
-        elif isinstance(node, exp.Ordered):
-            if real(node.this) and not node.args.get("desc"):
-                first = exp.Ordered(this=nan(node.this)[0], desc=True, nulls_first=False)
-                siblings = node.parent
-                if isinstance(siblings, exp.Order):
-                    terms = list(siblings.expressions)
-                    place = next(i for i, x in enumerate(terms) if x is node)
-                    siblings.set("expressions", [*terms[:place], first, *terms[place:]])
-        elif (
-            isinstance(node, exp.Min | exp.Max)
-            and real(node.this)
-            and not isinstance(node.parent, exp.Window | exp.Filter)
-        ):
-            if node.args.get("count") is None:
-                spoiled = exp.LogicalOr(this=nan(node.this)[0])
-                blank = exp.cast(exp.Literal.string("nan"), "double")
-                node.replace(exp.Case(ifs=[exp.If(this=spoiled, true=blank)], default=node.copy()))
-    return query
 
 
 __all__ = ["LIMIT", "Home", "Session", "Table", "ask", "explain", "questions_of"]

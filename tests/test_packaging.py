@@ -150,7 +150,7 @@ print(before[0] == jax.config.values)
 
 def test_importing_replay_needs_no_extra(tmp_path):
     script = f"""{FROM_FOLDER}
-for extra in ("flax", "matplotlib", "sklearn"):
+for extra in ("flax", "matplotlib", "sklearn", "sqlglot", "duckdb", "pyarrow"):
     sys.modules[extra] = None
 import replay
 print(replay.__name__)

@@ -561,7 +561,8 @@ def cache(
         for name in ("kept", "bytes", "took"):
             table.add_column(name, justify="right", no_wrap=True)
         for entry in entries:
-            parts = f"{entry.count:,} cells" if entry.kind == "cells" else "answer"
+            cells = f"{entry.count:,} cell{'s' * (entry.count > 1)}"
+            parts = cells if entry.kind == "cells" else "answer"
             lines = [line.strip() for line in entry.about.splitlines()]
             table.add_row(
                 _plain(", of ".join(lines)), parts, decimal(entry.bytes), f"{entry.seconds:.3g} s"

@@ -12,6 +12,7 @@ from replay import grouped
 from replay import plan as planning
 from replay.cache import Cache, Cell
 from replay.cells import Root
+from replay.errors import QueryError
 from replay.frames import Observers
 from replay.grads import reductions as grads
 from replay.grads.reductions import BLOCK_STEPS
@@ -126,6 +127,13 @@ class Fold(Root):
                 for x, mine in zip(leaves, own, strict=True)]  # fmt: skip
 
     def _take(self, local: Local) -> None:
+        if "position" in self.node.dims and (local.ids(self.node) < 0).any():
+            raise QueryError(
+                f"position {int((local.ids(self.node) < 0).argmax())} holds no sample at step "
+                f"{local.step}, and positions are kept apart while steps are reduced",
+                why="the last batch of an epoch is padded, and padding is no value",
+                fix="reduce positions as well, or group by sample; or choose steps of full batches",
+            )
         values, valid, groups = inputs(self.node, local, self._starts)
         if self._dtype is None:
             self._dtype = self._dtype_of(values)

@@ -1114,6 +1114,13 @@ def test_what_was_taken_can_be_reduced_ranked_and_joined(small):
     assert "replay" in beside.explain()
 
 
+def test_positions_without_a_sample_have_no_part_in_what_is_reduced_along_steps(padded):
+    kept = padded.run.sample_losses.sel(step=[0, 1, 2, 4])
+    close(values(kept.mean("step").compute()), padded.truth.losses[[0, 1, 2, 4]].mean(0))
+    with pytest.raises(QueryError, match="position 2 holds no sample at step 3"):
+        padded.run.sample_losses.mean("step").compute()
+
+
 def test_columns_of_the_log_are_quantities_of_steps_whatever_is_chosen_of_them(small):
     run, truth, _ = small
     loss = truth.losses.mean(1)

@@ -107,6 +107,7 @@ class Durable:
         steps: steps `[0, steps)` have durable witnesses.
         checkpoints: state -> row in the arrays of `states/`.
         rows: number of rows ever used.
+        segments: `(first state, last state, row in the arrays of segments/)` of an index.
         digests: state -> fingerprint: 8 bytes for each leaf at a checkpoint, else 12 in all.
         metrics: what the user logged, as `(step, {name: value})`.
         closed: whether the recorder came to its end; then `steps` is final.
@@ -118,6 +119,7 @@ class Durable:
     steps: int = 0
     checkpoints: dict[int, int] = dataclasses.field(default_factory=dict)
     rows: int = 0
+    segments: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
     digests: dict[int, bytes] = dataclasses.field(default_factory=dict)
     metrics: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
     closed: bool = False
@@ -161,6 +163,9 @@ class Durable:
             self.checkpoints[state] = row
             self.rows = max(self.rows, row + 1)
             self.digests[state] = _digest(record)
+        elif kind == "segment":
+            start, stop, row = (_natural(record[name]) for name in ("start", "stop", "row"))
+            self.segments.append((start, stop, row))
         elif kind == "dropped":
             for state in record["states"]:
                 self.checkpoints.pop(_natural(state))

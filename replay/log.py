@@ -19,6 +19,7 @@ import numpy as np
 from replay.artifact import VERSIONS, Signature
 from replay.errors import IdentityError, LogError, ReplayError
 from replay.identity import SHORT_DIGEST, sha256
+from replay.indexing import layout, level_of
 from replay.journal import Durable, frame, frames, only_frame
 from replay.order import Order
 from replay.store import ArraySpec, Place, StoredArray, lay_out, rows
@@ -49,7 +50,8 @@ class Header:
         data: where samples come from: `embedded`, `spooled` or `external`.
         fingerprint: of the data, as `Data.fingerprint` returns it.
         sample_weights: checksum of the factors of the losses; None for ones.
-        arrays: layouts of the arrays in `states/`, `steps/` and `data/`.
+        arrays: layouts of the arrays in `states/`, `steps/`, `data/` and, of an index,
+            `segments/`.
         parent: run, step and edit of a fork; None for a run of its own.
     """
 
@@ -95,6 +97,8 @@ class Header:
                 group: tuple(ArraySpec.from_plain(spec) for spec in plain["arrays"][group])
                 for group in ("states", "steps", "data")
             }
+            segments = plain["arrays"].get("segments", [])
+            arrays["segments"] = tuple(ArraySpec.from_plain(spec) for spec in segments)
             fields = {field.name: plain[field.name] for field in dataclasses.fields(cls)}
             for name, check in _FORMS.items():
                 if not check(fields[name]):
@@ -111,6 +115,12 @@ class Header:
                 fix="restore the file from a copy of the run",
             ) from error
 
+    @property
+    def index(self) -> str:
+        """The level of the index that is recorded beside the training."""
+        both = (*self.arrays["steps"], *self.arrays.get("segments", ()))
+        return level_of([spec.name for spec in both])
+
     def _check_arrays(self) -> None:
         """Refuse arrays that no recorder lays out; how they are cut into chunks is theirs."""
         names = {spec.name for spec in self.arrays["steps"]}
@@ -126,6 +136,7 @@ class Header:
             batch_checksums="steps/batch_crc32c" in names,
             samples=embedded,
             spool=self.data == "spooled",
+            index=self.index,
         )
         for group, specs in expected.items():
             found = [(spec.name, spec.shape, spec.dtype) for spec in self.arrays[group]]
@@ -167,6 +178,7 @@ def layouts(
     batch_checksums: bool,
     samples: int = 0,
     spool: bool = False,
+    index: str = "off",
 ) -> dict[str, tuple[ArraySpec, ...]]:
     """Lay out every array of a run.
 
@@ -178,6 +190,7 @@ def layouts(
         batch_checksums: whether the content of each batch is to be checked against the log.
         samples: how many an embedded data set has; 0 where none is embedded.
         spool: whether the batches themselves are kept.
+        index: the level of the index.
     """
     size = signature.batch_size
     chunk = max(64, min(4096, _COLUMN_BYTES // (4 * size)))
@@ -216,7 +229,13 @@ def layouts(
             ArraySpec(f"data/{i}", (count, *row), piece, leaf.dtype, dims, attributes=attributes)
         )
     stored = tuple(data) if spool or samples else ()
-    return {"states": tuple(states), "steps": tuple(columns), "data": stored}
+    more, segments = layout(index, signature, steps, columns="steps", segments="segments")
+    return {
+        "states": tuple(states),
+        "steps": (*columns, *more),
+        "data": stored,
+        "segments": segments,
+    }
 
 
 def _dims(first: str, number: int, leaf: Leaf, extra: int = 0) -> tuple[str, ...]:
@@ -237,6 +256,7 @@ def create(
             written.
     """
     known = {HEADER, JOURNAL, "lock", "states", "steps", "program", "data", "cache"}
+    known |= {"segments", "index"}
     present = place.list()
     strangers = sorted({name.split("/")[0] for name in present} - known)
     if HEADER in present or strangers:
@@ -248,7 +268,7 @@ def create(
             else "choose another directory",
         )
     try:
-        for leftover in ("states", "steps", "program", "data", JOURNAL):
+        for leftover in ("states", "steps", "segments", "index", "program", "data", JOURNAL):
             place.delete(leftover)
         for name, data in programs.items():
             place.write(f"program/{name}", data)
@@ -483,6 +503,7 @@ class Log:
             durable.steps > steps
             or durable.rows > steps + 1
             or max(durable.checkpoints, default=0) > durable.steps
+            or any(not a < b <= steps or row > steps for a, b, row in durable.segments)
             or lengths - {SHORT_DIGEST, whole}
             or any(len(durable.digests[state]) != whole for state in durable.checkpoints)
         ):

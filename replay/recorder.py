@@ -21,6 +21,7 @@ from replay.data import Data, checksum
 from replay.errors import DataError, IdentityError, LogError, OrderError, ProgramError
 from replay.grads.archive import Tapped, tapped
 from replay.identity import environment, sha256
+from replay.indexing import LEVELS, Observer, default_level
 from replay.log import HEADER, Header, Log, clear_torn, create, discard_unborn, layouts
 from replay.order import Order
 from replay.program import Inputs, Program, init_key
@@ -60,6 +61,11 @@ class Recorder:
         like: a run whose form of dispatch is taken over instead.
         checkpoints: a `Checkpoints` policy, or a number of steps; twenty segments by default.
         sample_weights: `float[samples]`, factors of the losses; ones by default.
+        index: what is logged of every step, so that questions need not replay it: `off`;
+            `scalars` (norms, maxima, how many gradients exceed powers of two); `rows` (also how far
+            rows and columns moved between stored states); `weights` (how far each weight did). By
+            default `scalars` where a step computes so much for each weight that they cost about a
+            hundredth of it, else `off`. A run that is resumed keeps its own.
         log_ids: keep the realised sample ids; else only the order and a checksum.
         embed: keep the data in the run; by default data of up to 64 MiB.
         resume: continue the run at `path` to the bits it would have had, or start it.
@@ -96,6 +102,7 @@ class Recorder:
         like: Any = None,
         checkpoints: Checkpoints | int | None = None,
         sample_weights: Float[Array, " samples"] | None = None,
+        index: str | None = None,
         log_ids: bool = True,
         embed: bool | None = None,
         resume: bool = False,
@@ -105,6 +112,8 @@ class Recorder:
         commit_seconds: float = 10.0,
     ):
         _check_choice("dispatch", dispatch, ("step", "block"))
+        if index is not None:
+            _check_choice("index", index, LEVELS)
         _check_choice("on_log_error", on_log_error, ("warn", "raise"))
         if (data is None) != (order is None):
             raise OrderError(
@@ -140,7 +149,7 @@ class Recorder:
                 fix='dispatch="step"',
             )
         self._checkpoints = Checkpoints.of(checkpoints, self.steps)
-        self._embed, self._log_ids = embed, log_ids
+        self._embed, self._log_ids, self._index = embed, log_ids, index
         self._self_test = self_test
         self._commit = {"commit_steps": commit_steps, "commit_seconds": commit_seconds}
         self._commit["on_log_error"] = on_log_error
@@ -364,8 +373,15 @@ class Recorder:
             start=start,
             stored=tuple(log.durable.checkpoints),
         )
+        level = log.header.index
         recording = Recording(
-            log, self._engine, leaves, start=start, schedule=schedule, **self._commit
+            log,
+            self._engine,
+            leaves,
+            start=start,
+            schedule=schedule,
+            observer=None if level == "off" else Observer(self._signature, level),
+            **self._commit,
         )
         self._recording = recording
         self._exit.callback(recording.writer.stop)
@@ -399,7 +415,11 @@ class Recorder:
         self._tree, leaves = jax.tree.structure(state), lower(state)
         files = {name: bytes(program.serialize()) for name, program in exported.items()}
         texts = {name: artifact.text_hash(program) for name, program in exported.items()}
-        optimized = self._compile(files)
+        optimized = self._compile(files, self._index)
+        index = self._index
+        if index is None:
+            index = default_level(self._engine.operations(), self._signature)
+            self._engine.observed = index != "off"
         embed = not fed and (data.nbytes <= EMBED_LIMIT if self._embed is None else self._embed)
         if embed:
             self._data = data = data.in_memory()
@@ -432,6 +452,7 @@ class Recorder:
                 batch_checksums=not fed and not embed,
                 samples=len(data) if embed else 0,
                 spool=fed,
+                index=index,
             ),
         )
         create(self._place, header, files, data.arrays if embed else None)
@@ -491,7 +512,8 @@ class Recorder:
                 data.check_arrays(log.embedded())
             self._data = data
         self._unchecked = data is None
-        self._compile({name: log.program(name) for name in self._signature.programs})
+        files = {name: log.program(name) for name in self._signature.programs}
+        self._compile(files, header.index)
         clear_torn(log)
         return log
 
@@ -499,13 +521,14 @@ class Recorder:
     def _weights_checksum(self) -> int | None:
         return None if self._sample_weights is None else checksum([self._sample_weights])
 
-    def _compile(self, files: dict[str, bytes]) -> dict[str, str]:
+    def _compile(self, files: dict[str, bytes], index: str | None) -> dict[str, str]:
         """Compile what the run carries, so that recording and replay execute the same program."""
         loaded = {
             name: artifact.load(name, files[name], self._signature, allow=None)
             for name in self._signature.programs
         }
         self._engine = LocalEngine(self._signature, loaded, self._key, keep=False)
+        self._engine.observed = index not in (None, "off")
         return self._engine.optimized()
 
     def _read(self, start: int, stop: int) -> Stretch:

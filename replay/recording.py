@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from replay.checkpoints import Schedule
+from replay.indexing import Observer
 from replay.log import Log
 from replay.selftest import SelfTest
 from replay.trajectory import Engine, Executed, Stretch, checksums
@@ -23,6 +24,7 @@ class Recording:
         leaves: raw leaves of the state to begin at.
         start: the number of that state.
         schedule: when states are stored.
+        observer: what an index looks at each step with; None without one.
         on_log_error: as for `LogWriter`.
         commit_steps: steps after which a commit is due.
         commit_seconds: seconds after which one is.
@@ -43,6 +45,7 @@ class Recording:
         *,
         start: int,
         schedule: Schedule,
+        observer: Observer | None = None,
         on_log_error: str,
         commit_steps: int,
         commit_seconds: float,
@@ -52,7 +55,9 @@ class Recording:
         self.last: Executed | None = None
         self.test: SelfTest | None = None
         self.writer = LogWriter(log, on_error=on_log_error, start=start)
-        self._schedule = schedule
+        self._schedule, self._observer = schedule, observer
+        if observer is not None:
+            observer.begin(start, self.state)
         arrays = log.header.arrays
         spooled = arrays["data"] if log.header.data == "spooled" else ()
         self._names = {spec.name for spec in (*arrays["steps"], *spooled)}
@@ -77,16 +82,19 @@ class Recording:
         """Execute a stretch; a checkpoint can only fall on its end."""
         assert self.intact and stretch.begin == self.step, "a step left out or taken twice"
         begun, self.intact = time.perf_counter(), False
-        losses, aux, count = [], [], 0
+        losses, aux, seen, count = [], [], [], 0
         for executed in self.engine.advance(self.state, stretch):
             self.state, self.last = executed.after, executed
+            if self._observer is not None:
+                seen.append(self._observer.take(executed.after, executed.grads))
+                self.last = executed._replace(grads=None)
             losses.append(executed.losses)
             aux.append(executed.aux)
             count += executed.count
         self.step, self.intact = self.step + count, True
         elapsed = time.perf_counter() - begun
         self._busy += elapsed
-        self._keep(stretch, losses, aux, round(1e6 * elapsed / count))
+        self._keep(stretch, losses, aux, seen, round(1e6 * elapsed / count))
         if self._schedule.due(self.step, busy=self._busy, wall=time.perf_counter() - self._began):
             self._commit(checkpoint=True)
         elif (
@@ -108,10 +116,12 @@ class Recording:
         finally:
             self.writer.close()
 
-    def _keep(self, stretch: Stretch, losses: list, aux: list, microseconds: int) -> None:
+    def _keep(
+        self, stretch: Stretch, losses: list, aux: list, seen: list, microseconds: int
+    ) -> None:
         rows = slice(stretch.first, stretch.stop)
         weights = None if stretch.weights is None else stretch.weights[rows]
-        self._results.append(Result(stretch.begin, losses, aux, weights))
+        self._results.append(Result(stretch.begin, losses, aux, weights, seen))
         ids, ones = stretch.ids[rows], np.ones((1, 1), np.float32)
         batch = [leaf[rows] for leaf in stretch.batch]
         known = {
@@ -135,7 +145,9 @@ class Recording:
         # waits for whoever still reads it.
         leaves = self.engine.fetch(self.state) if checkpoint else None
         digest = self.engine.fingerprint(self.state if leaves is None else leaves)
-        drop = ()
+        drop, segment = (), None
+        if checkpoint and self._observer is not None and self._observer.start < self.step:
+            segment = self._observer.close()
         if checkpoint:
             drop = self._schedule.give_up(self.step)
             self._stored = (self._stored | {self.step}) - set(drop)
@@ -150,6 +162,7 @@ class Recording:
                 metrics=self._metrics,
                 leaves=None if leaves is None else list(leaves),
                 drop=drop,
+                segment=segment,
                 closed=closed,
             )
         )

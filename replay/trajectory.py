@@ -66,7 +66,7 @@ class Executed(NamedTuple):
         count: how many; one unless a whole block ran at once.
         losses: `[batch]` of one step, or `[count, batch]` of a block.
         aux: `[]` or `[batch]` each, for a block with a leading axis.
-        grads: of the last step; None where the engine does not keep states.
+        grads: of the last step; None where nobody observes it.
         before: the state before; None if it was donated.
         after: the state after the last step.
     """
@@ -108,6 +108,10 @@ class LocalEngine:
         exported: the loaded programs by name.
         key: the run's key data, two `uint32`.
         keep: whether every state stays valid, for observers; else each step donates the last.
+
+    Attributes:
+        observed: whether gradients are handed out although states are not kept; blocks are then
+            run step by step. It changes no program.
     """
 
     def __init__(
@@ -118,7 +122,7 @@ class LocalEngine:
         *,
         keep: bool,
     ):
-        self._signature, self._keep = signature, keep
+        self._signature, self._keep, self.observed = signature, keep, keep
         self._key = jnp.asarray(np.asarray(key, np.uint32))
         size = (signature.block,) * bool(signature.block) + (signature.batch_size,)
         self._ones = jnp.ones(size, jnp.float32)
@@ -151,6 +155,11 @@ class LocalEngine:
             return self._by_block(state, stretch)
         return self._by_step(state, stretch)
 
+    def operations(self) -> float:
+        """Return how many operations the compiler counts in a call, loops counted once."""
+        costs = [program.cost_analysis() or {} for program in self._programs.values()]
+        return float(sum(cost.get("flops", 0.0) for cost in costs))
+
     def optimized(self) -> dict[str, str]:
         """Return a hash of the optimized HLO of each program, for the identity of the run."""
         return {k: sha256((v.as_text() or "").encode()) for k, v in self._programs.items()}
@@ -171,7 +180,7 @@ class LocalEngine:
             )
             after, losses, aux = results[:count], results[count], results[count + 1 : to_grads]
             # Whom nobody observes, nobody holds: the gradients of a step are gone before the next.
-            grads = results[to_grads:] if self._keep else None
+            grads = results[to_grads:] if self.observed else None
             before = state if self._keep else None
             state, results = after, None
             yield Executed(start + i, 1, losses, aux, grads, before, after)
@@ -183,15 +192,15 @@ class LocalEngine:
         count, reported = len(self._signature.state), 1 + len(self._signature.aux)
         weights = self._ones if stretch.weights is None else stretch.weights
         staged = [stretch.ids, weights, *stretch.batch]
-        if self._keep:
+        if self.observed:
             staged = [jnp.asarray(leaf) for leaf in staged]
-        size = 1 if self._keep else max(stretch.size, 1)
+        size = 1 if self.observed else max(stretch.size, 1)
         for first in range(stretch.first, stretch.stop, size):
             rows = (np.int32(first), np.int32(first + size))
             results = block(*state, self._key, start, *rows, *staged)
             after, rest = results[:count], results[count:]
             losses, *aux = rest[:reported]
-            grads = rest[reported:] if self._keep else None
+            grads = rest[reported:] if self.observed else None
             if self._keep:
                 losses, *aux = (np.asarray(x)[first] for x in (losses, *aux))
             elif first or size < self._signature.block:

@@ -18,6 +18,7 @@ import numpy as np
 
 from replay.errors import DivergenceError, LogError, ReplayError
 from replay.identity import short_digest, witness
+from replay.indexing import Summary, columns_of, stored
 from replay.journal import frame
 from replay.log import JOURNAL, Log, delete_rows
 from replay.store import StoredArray, lay_out
@@ -31,12 +32,14 @@ class Result(NamedTuple):
         losses: of each call of the engine: `[batch]` of one step or `[steps, batch]` of a block.
         aux: of each call its leaves, `[]` or `[batch]` of one step, with a leading axis of a block.
         weights: host array `[steps, batch]`, None for ones.
+        index: of each step its columns of an index, `uint32[tensors, ...]`; nothing without one.
     """
 
     start: int
     losses: Sequence[Any]
     aux: Sequence[Sequence[Any]]
     weights: np.ndarray | None
+    index: Sequence[Any] = ()
 
 
 @dataclasses.dataclass
@@ -51,6 +54,7 @@ class Commit:
         metrics: what the user logged since the last commit.
         leaves: the raw leaves of a copy of the state, to be stored; None if not a checkpoint.
         drop: earlier checkpoints that the policy gives up.
+        segment: what an index keeps of the segment that a checkpoint ends.
         closed: whether this is the end.
     """
 
@@ -61,6 +65,7 @@ class Commit:
     metrics: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
     leaves: list[Any] | None = None
     drop: Sequence[int] = ()
+    segment: Summary | None = None
     closed: bool = False
 
 
@@ -84,7 +89,7 @@ class LogWriter:
         self._place, self._header = log.place, log.header
         self.error: Exception | None = None
         self.bad_steps: list[int] = []
-        self._row = log.durable.rows
+        self._row, self._segments = log.durable.rows, len(log.durable.segments)
         self._checkpoints = dict(log.durable.checkpoints)
         self._chunks = {
             spec.name: _Chunk(StoredArray(log.place, spec), log.durable.steps, start)
@@ -164,6 +169,8 @@ class LogWriter:
                 self._log.array("states", number).write(self._row, np.asarray(leaf)[None])
             place = {"state": commit.state, "row": self._row}
             records.append({"kind": "checkpoint", **place, "digest": lanes.tobytes()})
+            if commit.segment is not None:
+                records.append(self._put_segment(commit.segment))
             self._checkpoints[commit.state] = self._row
             self._row += 1
         if commit.drop:
@@ -208,14 +215,31 @@ class LogWriter:
             )
         self.bad_steps += bad.tolist()[: 1000 - len(self.bad_steps)]
 
+        if result.index:
+            packed = np.stack([np.asarray(part) for part in result.index])
+            for name, values in columns_of(packed).items():
+                self._chunks[f"steps/{name}"].put(start, values)
+
+    def _put_segment(self, segment: Summary) -> dict[str, Any]:
+        """Write what an index keeps of a segment; return the record that makes it exist."""
+        row, self._segments = self._segments, self._segments + 1
+        number = 0
+        for parts in stored(self._header.index, segment):
+            for values in parts:
+                self._log.array("segments", number).write(row, values[None])
+                number += 1
+        return {"kind": "segment", "start": segment.start, "stop": segment.stop, "row": row}
+
     def _append(self, records: list[dict[str, Any]]) -> None:
         self._place.append(JOURNAL, b"".join(map(frame, records)))
 
     def _trim(self, steps: int) -> None:
         """Tell readers of the zarr groups how many rows there are; our own reader knows."""
-        lengths = {"states": self._row, "steps": steps}
+        lengths = {"states": self._row, "steps": steps, "segments": self._segments}
         for group, length in lengths.items():
             specs = self._header.arrays[group]
+            if not specs:
+                continue
             cut = [dataclasses.replace(s, shape=(length, *s.shape[1:])) for s in specs]
             states = {str(state): row for state, row in sorted(self._checkpoints.items())}
             lay_out(self._place, group, cut, **({"states": states} if group == "states" else {}))

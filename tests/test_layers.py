@@ -13,8 +13,8 @@ HERE = "tests/test_layers.py"
 # From the lowest layer up; a module imports only from layers below its own.
 LAYERS = (
     ("kernels",),
-    ("errors", "identity", "tree"),
-    ("program", "artifact", "activations", "order", "data", "store", "journal", "checkpoints"),
+    ("errors", "identity", "tree", "bounds"),
+    ("program", "artifact", "activations", "order", "data", "store", "journal", "checkpoints", "indexing"),
     ("log", "grads", "query", "cache"),
     ("trajectory", "plan", "writer", "progress"),
     ("worker", "selftest", "recording", "recorder", "replaying", "sample_gradients"),
@@ -37,6 +37,8 @@ WITHIN_A_LAYER = {
     ("identity", "errors"): "a fingerprint that does not match is an error with advice",
     ("tree", "errors"): "a tree that no file could hold is an error with advice",
     ("artifact", "program"): "an artifact is a program, exported",
+    ("indexing", "artifact"): "an index is laid out for the leaves of a run",
+    ("indexing", "store"): "what an index keeps are arrays of the run",
     ("activations", "program"): "what is tagged stands in the loss of a program",
     ("selftest", "worker"): "the fresh process of the proof is a worker",
     ("replaying", "worker"): "a replay with another thread count runs in a worker",

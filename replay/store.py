@@ -199,7 +199,8 @@ class Place:
             return
         target = self._local / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(target.name + ".part")
+        # Of a name of its own: others may be writing the same file.
+        temporary = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()

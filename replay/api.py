@@ -22,6 +22,8 @@ from replay.errors import Grade, LogError, OrderError, QueryError, printable
 from replay.grads.per_sample import MEMORY
 from replay.grads.reductions import Reduction, TopK
 from replay.grads.stream import check
+from replay.indexes import Indexes, build
+from replay.indexing import NUMBERS
 from replay.log import Log, thin
 from replay.order import Order
 from replay.program import Inputs, Program, State
@@ -154,7 +156,7 @@ class Run(Quantities):
 
     def __init__(self, log: Log, data: Data | None, *, tree: Any, allow: Sequence[str] = ()):
         self.log, self._data, self._tree, self._allow = log, data, tree, tuple(allow)
-        self._replayer = Replayer(log, data, allow=allow)
+        self._replayer, self._indexes = Replayer(log, data, allow=allow), Indexes(log)
         self._gradients: dict[int, SampleGradients] = {}
         self._others: list[tuple[Any, str, OtherSamples]] = []
         subject = Subject(
@@ -166,6 +168,7 @@ class Run(Quantities):
             {},
             self._allow,
             portable=data is None or log.header.data == "embedded",
+            indexes=lambda: self._indexes,
         )
         self.asking = Asking([subject], _work)
 
@@ -219,6 +222,28 @@ class Run(Quantities):
         )
 
     @property
+    def indexes(self) -> tuple[str, ...]:
+        """The levels of the indexes that there are: one recorded, others built since."""
+        return self._indexes.levels
+
+    def index(self, level: str = "rows", *, progress: bool | None = None) -> None:
+        """Build an index by replaying the whole run, and keep it in the run.
+
+        Later questions leave out what it decides; no answer changes.
+
+        Args:
+            level: `scalars`, `rows` or `weights`, as for `Recorder`.
+            progress: whether to show a progress bar; by default where there is a terminal.
+
+        Raises:
+            QueryError: there is no such level.
+            LogError, DataError, DivergenceError: as `trajectory`.
+        """
+        with progress_bar("indexing", self.steps, progress) as report:
+            build(self.log, self._replayer, level, report)
+        self._indexes = Indexes(self.log)
+
+    @property
     def grade(self) -> Grade:
         """What is known without replaying: `UNAUDITED`, or `NUMERIC` if the self-test failed."""
         return Grade.NUMERIC if self.log.durable.selftest else Grade.UNAUDITED
@@ -246,7 +271,9 @@ class Run(Quantities):
             dispatched together), a column for each metric of the loss's `aux`, and one for each
             name given to `Recorder.log`, NaN where nothing was logged; its entry at step t was
             logged at state t, so these columns have one entry more, for the last state. A name
-            that is taken has `aux/` or `logged/` in front.
+            that is taken has `aux/` or `logged/` in front. A run with an index has, for each
+            tensor, `grads_max/Dense_0/kernel` and likewise `grads_norm`, `updates_max` and
+            `updates_norm`.
         """
         steps, log = self.steps, self.log
         columns = {"step": np.arange(steps), "loss": log.column("loss", 0, steps)}
@@ -257,6 +284,10 @@ class Run(Quantities):
             name = leaf.path or "aux"
             name = f"aux/{name}" if name in columns else name
             columns[name] = log.column(f"aux_{number}", 0, steps)
+        for leaf in self.tensors if self.indexes else ():
+            found = self._indexes.scalars(leaf.path)
+            for name in NUMBERS if found is not None and found.steps == steps else ():
+                columns[f"{name}/{leaf.path}"] = getattr(found, name)
         taken = set(columns)
         for step, metrics in log.durable.metrics:
             for name, value in metrics.items():
@@ -626,19 +657,23 @@ class Run(Quantities):
             # Others may have thinned, or recorded on, since this run was opened.
             self.log = Log(self.log.place)
             self._replayer = Replayer(self.log, self._data, allow=self._allow)
+            self._indexes = Indexes(self.log)
             stored = self.checkpoints
             targets = np.linspace(0, self.steps, keep)
             nearest = {min(stored, key=lambda s, t=target: abs(s - t)) for target in targets}
-            return thin(self.log, sorted(nearest))
+            dropped = thin(self.log, sorted(nearest))
+            self._indexes = Indexes(self.log)
+            return dropped
 
     def __repr__(self) -> str:
         weights = sum(int(np.prod(leaf.shape)) for leaf in self.tensors)
         header, durable = self.log.header, self.log.durable
         state = "closed" if durable.closed else "not closed"
+        indexed = f", index of {' and '.join(self.indexes)}" if self.indexes else ""
         return printable(
             f"<Run {self.path}: {header.name}, {self.steps:,} steps ({state}), "
             f"{weights:,} weights in {len(self.tensors)} tensors, "
-            f"{len(durable.checkpoints)} stored states, {self.grade}>"
+            f"{len(durable.checkpoints)} stored states{indexed}, {self.grade}>"
         )
 
     def _bounds(self, steps: int | slice | range) -> tuple[int, int]:
@@ -696,6 +731,7 @@ def compute(
     exact: bool = True,
     strategy: str = "factored",
     cache: bool = True,
+    index: bool = True,
 ) -> list[Result]:
     """Answer several questions in one replay.
 
@@ -711,6 +747,7 @@ def compute(
         strategy: of per-sample gradients: `factored` where a tensor has factors, or `scan`.
         cache: whether answers, and the states of aligned cells of steps that they were put together
             from, are kept in the run and taken from there; `REPLAY_CACHE_BYTES` bounds them.
+        index: leave out of the replay what the indexes of a run decide; no answer depends on it.
 
     Raises:
         QueryError: the answer is too large, or has no meaning.
@@ -727,6 +764,7 @@ def compute(
         exact=exact,
         strategy=strategy,
         cache=cache,
+        index=index,
     )
 
 

@@ -23,6 +23,7 @@ from replay.grads import strategy as rates
 from replay.grads.reductions import BLOCK_STEPS
 from replay.grads.stream import COMPILED
 from replay.identity import sha256, threads
+from replay.indexes import Indexes
 from replay.log import Log
 from replay.progress import progress_bar
 from replay.query.expressions import Expression
@@ -53,6 +54,7 @@ class Subject(NamedTuple):
         others: data sources by name.
         allow: custom calls that its programs may make.
         portable: whether another process can open it by its path alone.
+        indexes: returns what is known of it without replaying.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Subject(NamedTuple):
     others: dict[str, Data]
     allow: tuple[str, ...]
     portable: bool
+    indexes: Callable[[], Indexes]
 
 
 class Asking:
@@ -232,6 +235,7 @@ class Asking:
         exact: bool = True,
         strategy: str = "factored",
         cache: bool = True,
+        index: bool = True,
     ) -> list[Result]:
         """Answer several questions in one replay.
 
@@ -244,9 +248,12 @@ class Asking:
             strategy: `factored`, or `scan` over samples.
             cache: whether answers, and what they are put together from, are kept in the run, and
                 taken from there. `REPLAY_CACHE_BYTES` says how much of them, 0 for none.
+            index: whether steps that the indexes of a run decide are left out of the replay.
         """
         nodes = [planning.canonical(expression.plan) for expression in expressions]
-        asked = {name: self._asked(name, memory, strategy, cache) for name in self._names(nodes)}
+        asked = {
+            name: self._asked(name, memory, strategy, cache, index) for name in self._names(nodes)
+        }
         total = self._steps(nodes, asked)
         with progress_bar("asking", total, progress if total else False) as report:
             execution = Execution(asked, memory=memory, exact=exact, progress=report)
@@ -273,23 +280,30 @@ class Asking:
         memory: int = MEMORY,
         strategy: str = "factored",
         cache: bool = True,
+        index: bool = True,
         **_: Any,
     ) -> str:
         """Tell what an answer takes, executing nothing."""
         nodes = [planning.canonical(expression.plan) for expression in expressions]
-        asked = {name: self._asked(name, memory, strategy, cache) for name in self._names(nodes)}
+        asked = {
+            name: self._asked(name, memory, strategy, cache, index) for name in self._names(nodes)
+        }
+        execution = Execution(asked)
         return planning.explain(
             nodes,
             {name: one.catalogue for name, one in asked.items()},
             functools.partial(self._rate, asked),
-            Execution(asked),
+            execution,
             memory=memory,
+            narrow=execution.spared,
         )
 
     def _names(self, nodes: Sequence[Node]) -> list[str]:
         return sorted({scan.run for node in nodes for scan in node.scans()})
 
-    def _asked(self, name: str, memory: int, strategy: str, cache: bool) -> Asked:
+    def _asked(
+        self, name: str, memory: int, strategy: str, cache: bool, index: bool = False
+    ) -> Asked:
         if strategy not in ("factored", "scan"):
             raise QueryError(
                 f"there is no strategy {strategy!r} for recorded steps",
@@ -316,6 +330,7 @@ class Asking:
             self._cache(subject, memory, strategy) if cache else None,
             subject.log.identity,
             {source: _content(data) for source, data in subject.others.items()},
+            subject.indexes() if index else None,
         )
 
     def _cache(self, subject: Subject, memory: int, strategy: str) -> Cache | None:
@@ -333,11 +348,13 @@ class Asking:
         return self._caches[key]
 
     def _steps(self, nodes: Sequence[Node], asked: Mapping[str, Asked]) -> int:
-        execution = Execution(asked)
-        total, left = 0, execution.left
+        total, execution = 0, Execution(asked)
         nodes = [node for node in nodes if not execution.recalled(node)]
         for stage in planning.stages(planning.replays(nodes)):
-            cuts = [cut for root in stage if (cut := left(root)[0]) is not None]
+            known = {root: execution.spared(root) for root in stage}
+            rests = [root if (cut := known[root]) is None else cut.rest for root in stage]
+            lefts = [execution.left(root)[0] for root in rests if root is not None]
+            cuts = [root for root in lefts if root is not None]
             for name in sorted({run for root in cuts for run in planning.runs_of(root)}):
                 mine = [root for root in cuts if name in planning.runs_of(root)]
                 passed, reached = planning.union(mine)
@@ -350,7 +367,7 @@ class Asking:
         log = self.subjects[scans[0].run].log
         attributes: dict[str, Any] = {
             "plan": "\n".join(answer.node.lines()),
-            "grade": str(answer.grade) if any(map(planning.replayed, [node])) else "LOGGED",
+            "grade": str(answer.grade) if execution.computed else "LOGGED",
             "steps": answer.steps,
         }
         if {"sample_updates", "condition"} & {scan.quantity for scan in scans}:

@@ -15,7 +15,7 @@ TINY = float(np.finfo(np.float32).tiny)
 
 # What gradients are counted against: how many are larger, in magnitude. What exceeds the last is
 # infinite. Gradients of a healthy training stay below 1, where counting is the dearest column.
-EDGES = (*(2.0**k for k in (-20, -15, -10, -5)), *(2.0**k for k in range(21)), LARGEST)
+EDGES = (*(2.0**k for k in (-20, -10, -5, -2)), *(2.0**k for k in range(21)), LARGEST)
 
 # Codes 1 to 254 stand for 2**(-32 + (code - 1) / 6), from 2e-10 to 1,150 in steps of an eighth;
 # 0 stands for zero, and 255 for what is larger than all of them, or not a number.
@@ -123,9 +123,7 @@ def reach(
     )
 
 
-def can_reach(
-    first: np.ndarray, last: np.ndarray, length: np.ndarray, value: float
-) -> np.ndarray:
+def can_reach(first: np.ndarray, last: np.ndarray, length: np.ndarray, value: float) -> np.ndarray:
     """Tell whether weights can have had a value in a segment; false is proved, true is not."""
     low, high = reach(first, last, length)
     return (low <= value) & (value <= high)

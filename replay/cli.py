@@ -518,6 +518,35 @@ def explain(
 
 
 @app.command
+def index(
+    run: _Where,
+    level: Literal["scalars", "rows", "weights"] = "rows",
+    data: _Samples = None,
+) -> int:
+    """Build an index of a run by replaying it once, so that later questions replay less.
+
+    No answer depends on it. It is kept in the run, beside what was recorded.
+
+    Example: replay index runs/digits --level rows
+
+    Args:
+        run: the run directory, or the URL of a key-value store
+        level: what is kept: of each step (scalars), also of rows and columns of weights between
+            stored states (rows), or of each weight (weights)
+        data: the samples of a run that does not hold them, as numpy.savez(FILE, x=..., y=...) does
+    """
+    recorded = _open_with(run, data)
+    recorded.index(level)
+    folder = sum(size for name, size in recorded.log.place.list().items() if _of_index(name))
+    _say(f"{recorded.path} has an index of {level}; its indexes take {decimal(folder)}")
+    return 0
+
+
+def _of_index(name: str) -> bool:
+    return name.split("/")[0] in ("index", "segments")
+
+
+@app.command
 def thin(run: _Where, keep: int) -> int:
     """Give up stored states, so that about so many evenly spread ones are left.
 

@@ -25,6 +25,7 @@ from replay.errors import Grade, QueryError
 from replay.folds import Asked, Collected, Fold, Labelled, Sampled, keys_of, rule_of
 from replay.frames import Frame
 from replay.local import Everything, Known, Local, among
+from replay.narrowing import Narrowed, narrowed
 from replay.query import states
 from replay.query.nodes import (
     RAGGED,
@@ -73,6 +74,9 @@ class Execution:
         memory: bytes that an answer may take.
         exact: raise where a replay departs from its run.
         progress: called with the number of steps done since the last call.
+
+    Attributes:
+        computed: whether anything was not answered from the log.
     """
 
     def __init__(
@@ -97,6 +101,8 @@ class Execution:
         # States from one to another that were found to be those of the run.
         self._verified: list[tuple[int, int]] = []
         self._verifying: list[tuple[int, int]] = []
+        self._narrowed: dict[Node, Narrowed | None] = {}
+        self.computed = False
 
     # ---- questions
 
@@ -383,14 +389,23 @@ class Execution:
         stage = [node for node in stage if not self._recalled(node)]
         for node in stage:
             self._check(node)
+        cut = {node: found for node in stage if (found := self.narrowed(node)) is not None}
+        rests = [cut[node].rest if node in cut else node for node in stage]
+        stage = [node for node in dict.fromkeys(rests) if node is not None]
+        stage = [node for node in stage if node not in self._known and not self._recalled(node)]
         together: dict[tuple[str, ...], list[Node]] = {}
         for node in stage:
             together.setdefault(planning.runs_of(node), []).append(node)
         for names, nodes in together.items():
+            self.computed = True
             roots = self.replayed(names, nodes, distribute)
             for node, root in roots.items():
                 self._known[node] = root.result(lambda n=node: self._blank(n))
                 self._keys[node] = root.keys()
+        for node, found in cut.items():
+            replayed = None if found.rest is None else self._known[found.rest].data
+            self._known[node] = Value(node.dims, found.combine(replayed))
+            self._keys[node] = node.steps.tolist() if node.walked else [0]
 
     def replayed(
         self,
@@ -433,6 +448,7 @@ class Execution:
         if found is None:
             return False
         self._known[node], self._keys[node], grade = found
+        self.computed = True
         self.grade = self.grade & grade
         return True
 
@@ -474,6 +490,23 @@ class Execution:
             return None, 1
         course = self.course(self._root(node))
         return planning.cut(node, course.left), course.reused
+
+    # ---- what the log decides
+
+    def narrowed(self, node: Node) -> Narrowed | None:
+        """Return what the indexes of its run leave of a root; None where they say nothing."""
+        if node not in self._narrowed:
+            asked = [self.runs[name] for name in planning.runs_of(node)]
+            self._narrowed[node] = None
+            if len(asked) == 1 and asked[0].index is not None:
+                self._narrowed[node] = narrowed(
+                    node, asked[0].index, constant=self._known.get, column=asked[0].columns
+                )
+        return self._narrowed[node]
+
+    def spared(self, node: Node) -> Narrowed | None:
+        """Return what the indexes leave of a root whose answer is not kept already."""
+        return None if self.recalled(node) else self.narrowed(node)
 
     # ---- the walk
 

@@ -18,6 +18,7 @@ from replay.grads import reductions as grads
 from replay.grads.reductions import BLOCK_STEPS
 from replay.grads.stream import Stream, final, merge
 from replay.local import Local
+from replay.narrowing import Evidence
 from replay.query.nodes import RAGGED, Node, Part, Reduce, Scan
 from replay.reducing import (
     EARLY,
@@ -49,6 +50,7 @@ class Asked(NamedTuple):
         cache: where answers are kept; None for nowhere.
         identity: what decides the bits of the run.
         sources: what decides those of other samples, by name, as far as it is known.
+        index: what is known of it without replaying; None where that is not to be used.
     """
 
     replayer: Replayer
@@ -59,6 +61,7 @@ class Asked(NamedTuple):
     cache: Cache | None
     identity: str
     sources: dict[str, str]
+    index: Evidence | None = None
 
 
 class Fold(Root):

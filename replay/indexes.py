@@ -3,6 +3,7 @@
 What cannot be read is left out with a warning: a question then replays more, and answers the same.
 """
 
+import collections
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ from replay.store import ArraySpec, StoredArray, lay_out
 
 # A stored tensor of up to so many bytes is one piece on disk: it is read, and checked, as a whole.
 _ONE_PIECE = 2**22
+
+# Bytes of what was read that are kept for the next question.
+_KEPT = 2**28
 
 # So many steps are held before they are written.
 _WRITTEN_AT_ONCE = 4096
@@ -99,7 +103,7 @@ class Indexes:
         self._leaves = leaves
         self._kept: list[_Kept] | None = None
         self._tables: dict[str, np.ndarray] | None = None
-        self._read: dict[Any, Any] = {}
+        self._read = _Recent(_KEPT)
         self._told: set[str] = set()
 
     @property
@@ -149,10 +153,7 @@ class Indexes:
             start: a stored state.
             stop: the next one, or the last state of the run.
         """
-        key = ("where", part, start, stop)
-        if key not in self._read:
-            self._read[key] = self._where(part, start, stop)
-        return self._read[key]
+        return self._read.get(("where", part, start, stop), lambda: self._where(part, start, stop))
 
     def _where(self, part: Part, start: int, stop: int) -> Where:
         unknown = np.full(part.size, np.inf)
@@ -226,10 +227,10 @@ class Indexes:
         return np.where(np.isnan(both), np.inf, both), np.zeros(part.size)
 
     def _row(self, spec: ArraySpec, row: int) -> np.ndarray | None:
-        key = (spec.name, row)
-        if key not in self._read:
-            self._read[key] = self._try(lambda: StoredArray(self._log.place, spec).read(row))
-        return self._read[key]
+        return self._read.get(
+            (spec.name, row),
+            lambda: self._try(lambda: StoredArray(self._log.place, spec).read(row)),
+        )
 
     def _ends(self, part: Part, state: int) -> np.ndarray | None:
         """Read weights of a stored state: a small tensor whole, of a large one what is asked."""
@@ -238,24 +239,21 @@ class Indexes:
         leaf = log.header.signature.state[number]
         row = log.durable.checkpoints[state]
         if part.indices is None or leaf.nbytes <= _ONE_PIECE:
-            key = ("state", number, state)
-            if key not in self._read or self._read[key] is None:
-                self._read[key] = self._try(lambda: self._checked(number, state))
-            whole = self._read[key]
-            return None if whole is None else _chosen(whole, part).astype(np.float64)
-        key = ("weights", part, state)
-        if key not in self._read:
-            array = log.array("states", number)
-            places = np.unravel_index(np.asarray(part.indices, np.int64), leaf.shape)
-            found = self._try(
-                lambda: np.asarray(
-                    [array.read((row, *map(int, place))) for place in zip(*places, strict=True)]
-                    if len(part.indices or ()) <= 64
-                    else array.read(row)[places]
-                ).astype(np.float64)
+            whole = self._read.get(
+                ("state", number, state), lambda: self._try(lambda: self._checked(number, state))
             )
-            self._read[key] = found
-        return self._read[key]
+            return None if whole is None else _chosen(whole, part).astype(np.float64)
+        indices, array = np.asarray(part.indices, np.int64), log.array("states", number)
+        places = np.unravel_index(indices, leaf.shape)
+
+        def read() -> np.ndarray:
+            if len(indices) > 64:
+                return array.read(row)[places]
+            each = zip(*places, strict=True)
+            return np.asarray([array.read((row, *map(int, place))) for place in each])
+
+        found = self._read.get(("weights", part, state), lambda: self._try(read))
+        return None if found is None else found.astype(np.float64)
 
     def _checked(self, number: int, state: int) -> np.ndarray:
         """Read a leaf of a stored state, and compare it with its digest."""
@@ -320,6 +318,33 @@ class Indexes:
                     stacklevel=2,
                 )  # fmt: skip
             return None
+
+
+class _Recent:
+    """What was read last, up to so many bytes; what could not be read is tried again."""
+
+    def __init__(self, limit: int):
+        self._limit, self._held = limit, 0
+        self._found: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+
+    def get(self, key: Any, read: Callable[[], Any]) -> Any:
+        """Return what is kept, or read it."""
+        if key in self._found:
+            self._found.move_to_end(key)
+            return self._found[key]
+        found = read()
+        if found is not None:
+            self._found[key] = found
+            self._held += _bytes(found)
+        while self._held > self._limit:
+            _, old = self._found.popitem(last=False)
+            self._held -= _bytes(old)
+        return found
+
+
+def _bytes(found: Any) -> int:
+    parts = found if isinstance(found, tuple) else (found,)
+    return sum(x.nbytes for x in parts if isinstance(x, np.ndarray))
 
 
 def _chosen(array: np.ndarray, part: Part) -> np.ndarray:

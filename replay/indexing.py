@@ -156,17 +156,7 @@ class Observer:
 
     def __init__(self, signature: Signature, level: str):
         self.level, self._weights = level, signature.weights
-        leaves = tensors(signature)
-        self._known = tuple(leaf.dtype in OBSERVED for leaf in leaves)
-        given = [leaf.struct for leaf in leaves]
-        grads = [leaf.struct for leaf in signature.grads]
-        start = jax.jit(functools.partial(_start, level))
-        running = jax.eval_shape(start, given)
-        take = jax.jit(functools.partial(_take, level, self._known), donate_argnums=(0, 1))
-        # Compiled here, and not in the middle of a training.
-        self._copy = jax.jit(lambda x: [jnp.copy(leaf) for leaf in x]).lower(given).compile()
-        self._start = start.lower(given).compile()
-        self._take = take.lower(given, running, given, grads).compile()
+        self._copy, self._start, self._take = _programs(level, signature)
         self._before: Any = None
         self._running: Any = None
         self.start = self.stop = 0
@@ -191,6 +181,23 @@ class Observer:
         summary = Summary(self.start, self.stop, self._running)
         self._running, self.start = self._start(self._before), self.stop
         return summary
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(level: str, signature: Signature) -> tuple[Any, Any, Any]:
+    """Compile what copies weights, begins a segment, and takes a step."""
+    leaves = tensors(signature)
+    known = tuple(leaf.dtype in OBSERVED for leaf in leaves)
+    given, grads = [leaf.struct for leaf in leaves], [leaf.struct for leaf in signature.grads]
+    copy = jax.jit(lambda weights: [jnp.copy(w) for w in weights])
+    start = jax.jit(functools.partial(_start, level))
+    take = jax.jit(functools.partial(_take, level, known), donate_argnums=(0, 1))
+    running = jax.eval_shape(start, given)
+    return (
+        copy.lower(given).compile(),
+        start.lower(given).compile(),
+        take.lower(given, running, given, grads).compile(),
+    )
 
 
 def _start(level, weights):

@@ -7,6 +7,7 @@ replayed. An answer is put together from what is decided and from the same root 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -14,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from replay.bounds import LARGEST, TINY, at_least, larger
+from replay.plan import tensors_of
 from replay.query.nodes import At, Map, Node, Part, Reduce, Scan, restrict
 
 # What may be looked at without replaying it.
 BOUNDED = ("grads", "updates", "weights")
 
-# Numbers of steps and weights that are compared at once.
-_AT_ONCE = 2**22
+# Numbers of steps and weights that are compared at once, and in all segments together.
+_AT_ONCE, _AT_ALL = 2**22, 2**28
 
 
 class Evidence(Protocol):
@@ -455,11 +457,9 @@ class _Evaluation:
                 return self._blank(node)
             dtypes = [x.dtype for x in mine if isinstance(x, Numbers)]
             dtype = dtypes[0] if dtypes else None
-            mine = [
-                x if isinstance(x, Numbers | Holds) else _constant(x, dtype) for x in mine
-            ]
-            widest = max((x[0].size for x in mine), default=0) * len(self.at)
-            if widest > 64 * _AT_ONCE:
+            mine = [x if isinstance(x, Numbers | Holds) else _constant(x, dtype) for x in mine]
+            shape = np.broadcast_shapes(*(x[0].shape for x in mine))
+            if math.prod(shape) > 16 * _AT_ONCE:
                 return self._blank(node)
             found.append(self._function(node.function, mine, size))
         return found
@@ -624,8 +624,7 @@ def _side_by_side(found: Sequence[Known], steps: int) -> Known:
     if not all(isinstance(x, Numbers) for x in found):
         return _unknown()
     low, high, nan, exact = (
-        np.concatenate([np.broadcast_to(x[i], (steps, 1)) for x in found], axis=1)
-        for i in range(4)
+        np.concatenate([np.broadcast_to(x[i], (steps, 1)) for x in found], axis=1) for i in range(4)
     )
     dtypes = {x.dtype for x in found if isinstance(x, Numbers)}
     return Numbers(low, high, nan, exact, dtypes.pop() if len(dtypes) == 1 else None)
@@ -760,6 +759,8 @@ def narrowed(
         return None
     column = column if column is not None else lambda name: np.zeros(0)
     looks = any(scan.quantity == "weights" for scan in scans)
+    if looks and len(evidence.segments) * sum(p.size for p in tensors_of(root)) > _AT_ALL:
+        return None
     pieces = [*_pieces(below.steps, walked, evidence.segments if looks else None)]
     if not len(below.steps):
         return None
@@ -781,7 +782,9 @@ def narrowed(
     steps = below.steps
     if len(left) == len(steps):
         return None
-    rest = restrict(root, walked, left) if len(left) else None
+    rest = restrict(below, walked, left) if len(left) else None
+    if rest is not None and isinstance(root, Reduce) and reduced:
+        rest = dataclasses.replace(root, child=rest)
     names: dict[tuple[int, int] | None, set[str]] = {}
     for piece in found:
         names.setdefault(piece.segment, set()).update(piece.bounds)
@@ -905,9 +908,7 @@ class _Edge(_Joint):
             rows = max(1, _AT_ONCE // max(len(known), 1))
             for first in range(0, wide[0], rows):
                 some = slice(first, first + rows)
-                now, perhaps = (
-                    np.broadcast_to(x, wide)[some] for x in (must, may)
-                )
+                now, perhaps = (np.broadcast_to(x, wide)[some] for x in (must, may))
                 reached = np.logical_or.accumulate(now, axis=0)
                 before = np.concatenate([np.zeros((1, len(known)), bool), reached[:-1]])
                 before = before | (known >= 0)

@@ -293,6 +293,7 @@ def explain(
     kept: Kept,
     *,
     memory: int,
+    narrow: Callable[[Node], Any] = lambda root: None,
 ) -> str:
     """Tell what an answer takes.
 
@@ -302,6 +303,7 @@ def explain(
         rate: `rate(roots, run) -> (trainings of a step that a replayed step takes, measured)`.
         kept: knows what earlier questions have left.
         memory: bytes that an answer may take.
+        narrow: `narrow(root) -> Narrowed`, what the log decides of it; None where nothing.
     """
     lines = []
     for number, question in enumerate(questions):
@@ -324,6 +326,15 @@ def explain(
             for root in stage:
                 together.setdefault(runs_of(root), []).append(root)
             for names, mine in together.items():
+                known = {root: found for root in mine if (found := narrow(root)) is not None}
+                for found in known.values():
+                    lines += found.lines()
+                rests = [known[root].rest if root in known else root for root in mine]
+                taken |= {known[root].rest for root in taken & set(known)}
+                mine = [root for root in dict.fromkeys(rests) if root is not None]
+                if not mine:
+                    lines.append("answered from the log: nothing is replayed")
+                    continue
                 bound = "up to " if all(map(stops_early, mine)) or taken & set(mine) else ""
                 cuts = [kept.left(root) for root in mine]
                 mine = [root for root, _ in cuts if root is not None]

@@ -106,7 +106,9 @@ class ArraySpec:
             raise ValueError(f"{plain['name']!r} has an impossible shape")
         if math.prod(shapes["chunk"]) > 2**34 or len(shapes["shape"]) != len(shapes["chunk"]):
             raise ValueError(f"{plain['name']!r} has impossible chunks")
-        if not re.fullmatch(r"(states|steps|segments|data|index/[0-9a-f]{16})/[a-z0-9_]+", plain["name"]):
+        if not re.fullmatch(
+            r"(states|steps|segments|data|index/[0-9a-f]{16})/[a-z0-9_]+", plain["name"]
+        ):
             raise ValueError(f"{plain['name']!r} is not the name of an array of a run")
         return cls(
             name=plain["name"],

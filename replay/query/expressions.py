@@ -420,8 +420,8 @@ class Expression:
         """Replay what is needed and return a `Result`, an `xarray.Dataset`.
 
         Args:
-            **options: `progress`, `memory` (bytes), `executor`, `exact`, `strategy`; see
-                `replay.compute`.
+            **options: `progress`, `memory` (bytes), `executor`, `exact`, `strategy`,
+                `index`; see `replay.compute`.
         """
         return self.source.compute(self, **options)[0]
 

@@ -4,16 +4,17 @@ The bounds are attacked twice: on arrays, by walks of NumPy that are as nasty as
 on recorded runs, whose answers are compared with those of a replay of everything.
 """
 
-import json
 import math
+import pathlib
+import re
 import shutil
 import threading
+from typing import Any, NamedTuple
 
 import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 import zarr
@@ -23,10 +24,11 @@ from tiny import bits, compile_once  # noqa: F401  # the fixture is there for wh
 import replay
 from replay import bounds, cli, indexing
 from replay.indexes import Indexes, Scalars, Where
-from replay.log import Log
+from replay.journal import frames
 from replay.narrowing import narrowed
 from replay.query.nodes import At, Group, Map, Part, Reduce, Scan
-from replay.store import Place
+from replay.replaying import Replayer
+from replay.store import Place, StoredArray
 
 LEVELS = indexing.LEVELS
 
@@ -407,3 +409,433 @@ def test_whatever_intervals_decide_is_what_numpy_finds(data):
             assert (mine.reshape(len(steps), -1) == x).all()
         else:
             assert (mine.reshape(-1) == expected(how, x, steps)).all()
+
+
+# ---------------------------------------------------------------------------------- recorded runs
+
+
+def recorded_levels(tmp_path_factory, **options):
+    folder = tmp_path_factory.mktemp("levels")
+    return {level: tiny.record(folder / level, index=level, **options) for level in LEVELS}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return recorded_levels(tmp_path_factory)
+
+
+def assert_the_same_training(run, other):
+    for name in ("witness", "loss", "ids"):
+        found, expected = (x.log.column(name, 0, x.steps) for x in (run, other))
+        assert found.tobytes() == expected.tobytes(), name
+    assert run.log.durable.digests == other.log.durable.digests
+    assert run.checkpoints == other.checkpoints
+    for state in run.checkpoints:
+        assert bits(run.log.checkpoint(state)) == bits(other.log.checkpoint(state)), state
+
+
+@pytest.mark.parametrize("dispatch", ["step", pytest.param("block", marks=pytest.mark.full)])
+def test_no_level_changes_a_bit_of_the_training(tmp_path_factory, runs, dispatch):
+    if dispatch == "block":
+        runs = recorded_levels(tmp_path_factory, dispatch=dispatch)
+    for level, run in runs.items():
+        assert run.log.header.index == level
+        assert run.indexes == (() if level == "off" else (level,))
+        assert_the_same_training(run, runs["off"])
+        programs = [{k: v["optimized"] for k, v in x.log.header.programs.items()}
+                    for x in (run, runs["off"])]  # fmt: skip
+        assert programs[0] == programs[1]
+        assert run.verify().grade is replay.Grade.BITWISE
+
+
+def test_by_block_an_index_is_recorded_step_by_step_to_the_same_bits(tmp_path, runs):
+    run = tiny.record(tmp_path / "run", index="weights", dispatch="block")
+    plain = tiny.record(tmp_path / "plain", dispatch="block")
+    assert_the_same_training(run, plain)
+    assert run.steps == Indexes(run.log).steps and len(run.log.durable.segments) == 3
+
+
+def tables(run, path):
+    found = Indexes(run.log).scalars(path)
+    return [(x.dtype, x.shape, x.tobytes()) for x in found]
+
+
+def test_what_is_built_afterwards_has_the_bits_of_what_is_recorded(tmp_path, runs):
+    shutil.copytree(runs["off"].path, tmp_path / "run")
+    for level in LEVELS[1:]:
+        run = replay.open(tmp_path / "run")
+        run.index(level)
+        assert level in run.indexes and level in replay.open(tmp_path / "run").indexes
+        own = Indexes(replay.open(tmp_path / "run").log)._all()[-1]
+        theirs = Indexes(runs[level].log)._all()[0]
+        for name in own.specs:
+            count = run.steps if name in (*indexing.NUMBERS, "grads_above") else 3
+            mine, other = (
+                StoredArray(x.log.place, kept.specs[name]).read(slice(0, count))
+                for x, kept in ((run, own), (runs[level], theirs))
+            )
+            assert mine.tobytes() == other.tobytes(), name
+        assert [s[:2] for s in own.segments] == [(0, 8), (8, 16), (16, 24)]
+    assert "index of scalars and rows and weights" in repr(run)
+    assert tables(run, "out") == tables(runs["scalars"], "out")
+
+
+def test_other_tools_read_the_columns_by_their_names(runs):
+    steps = zarr.open_group(f"{runs['rows'].path}/steps", mode="r")
+    assert steps["grads_max"].metadata.dimension_names == ("step", "tensor")
+    assert steps["grads_above"].shape == (24, 2, len(bounds.EDGES) + 1)
+    assert steps["grads_above"].attrs["tensors"] == "hidden\nout"
+    segments = zarr.open_group(f"{runs['rows'].path}/segments", mode="r")
+    assert segments["columns_0"].shape == (3, 5) and segments["rows_0"].shape == (3, 3)
+
+
+def test_columns_are_those_of_the_history(runs):
+    found = runs["scalars"].history()
+    expected = abs(runs["scalars"].grads["hidden"]).max("weight").compute(index=False)
+    assert (found["grads_max/hidden"] == expected["value"].values).all()
+    assert "grads_max/hidden" not in runs["off"].history()
+
+
+def test_the_default_is_cheap_and_known_before_the_first_step(runs):
+    signature = runs["off"].log.header.signature
+    assert indexing.default_level(1e6, signature) == "off"
+    assert indexing.default_level(1e9, signature) == "scalars"
+
+
+# -------------------------------------------------------------------- a run that follows a script
+
+
+class ScriptState(NamedTuple):
+    params: Any
+    opt_state: Any = ()
+
+
+SHAPES = {"half": (3,), "kernel": (4, 3), "scalar": (), "brain": (2, 2)}
+DTYPES = {"half": jnp.float16, "brain": jnp.bfloat16}
+
+
+def scripted(path, walk, grads, **options):
+    """Record a training that goes through given weights, and has given gradients."""
+
+    def tree(batch, prefix):
+        return {name: batch[f"{prefix}_{name}"][0] for name in SHAPES}
+
+    def init(key):
+        return ScriptState({name: jnp.asarray(x[0]) for name, x in walk.items()})
+
+    def gradient(state, inputs):
+        losses = jnp.zeros(1, jnp.float32)
+        return losses, (), tree(inputs.batch, "g"), tree(inputs.batch, "w")
+
+    def update(state, carry, grads, losses):
+        return ScriptState(carry)
+
+    steps = len(grads["kernel"])
+    data = {f"w_{name}": x[1:] for name, x in walk.items()}
+    data |= {f"g_{name}": x for name, x in grads.items()}
+    program = replay.Program.from_functions(init, gradient, update, name="script")
+    order = replay.Order.explicit(np.arange(steps)[:, None])
+    return tiny.record(path, program, data, order, **options)
+
+
+def script_arrays(seed, steps=48):
+    """Return walks and gradients with everything nasty in them."""
+    random = np.random.default_rng(seed)
+    walk, grads = {}, {}
+    for name, shape in SHAPES.items():
+        dtype = DTYPES.get(name, np.float32)
+        moves = random.normal(size=(steps + 1, *shape)) * 2.0 ** random.integers(-8, 0, shape)
+        x = np.cumsum(moves, axis=0) + random.normal(size=shape)
+        g = random.normal(size=(steps, *shape))
+        g = g * 2.0 ** random.integers(-20, 14, (steps, *[1] * len(shape)))
+        walk[name], grads[name] = np.asarray(x, dtype), np.asarray(g, dtype)
+    kernel, g = walk["kernel"], grads["kernel"]
+    kernel[20:, 0, 0] = 0.0
+    kernel[10, 1, 1], kernel[30, 2, 2], kernel[33, 3, 0] = 1e-40, np.nan, np.inf
+    kernel[:, 1, 2] = 3.0 + np.arange(steps + 1) * 1e-6
+    g[5, 0, 0], g[6, 1, 1], g[7], g[8], g[9] = np.nan, np.inf, 0.0, 1e-41, 1024.0
+    g[12:14] = np.nan
+    return walk, grads
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    walk, grads = script_arrays(1)
+    run = scripted(tmp_path_factory.mktemp("script") / "run", walk, grads, index="off")
+    return run, walk, grads
+
+
+def questions(run):
+    """Return questions that an index might decide, and some that it cannot."""
+    g, u, w = run.grads, run.updates, run.weights
+    kernel = g["kernel"]
+    first = next(iter(run.tensors)).path
+    near = (abs(w["kernel", 1, 2]).diff("state") < 1).any("weight")
+    found = {}
+    for c in (0.25, 1000.0, 1024.0):
+        found[f"mean > {c}"] = ((abs(kernel) > c).mean("weight") > 0.1).first("step")
+        found[f"not <= {c}"] = ((~(abs(kernel) <= c)).mean("weight") > 0.1).first("step")
+    return found | {
+        "last": ((abs(kernel) > 1024).mean("weight") > 0.3).last("step"),
+        "any": (abs(g) > 1e6).any(),
+        "all": (abs(kernel) < 1e6).all(("step", "weight")),
+        "by tensor": (abs(g) > 1).groupby("tensor").any(("step", "weight")),
+        "mean by tensor": ((abs(g) > 1).groupby("tensor").mean("weight") > 0.2).first("step"),
+        "count": (abs(kernel) > 2).any("weight").sum("step"),
+        "count all": (abs(kernel) > 1).sum(("step", "weight")),
+        "each": abs(kernel).max("weight") > 2,
+        "largest": abs(kernel).max("weight"),
+        "largest by tensor": abs(g[first]).groupby("tensor").max("weight"),
+        "largest update": abs(u["kernel"]).max("weight"),
+        "norm": (kernel.norm("weight") > 1).first("step"),
+        "not finite": (~np.isfinite(kernel)).any("weight").first("step"),
+        "where nan": np.isnan(kernel).sum("weight"),
+        "cross 0": w["kernel"].crosses(0.0).first("step"),
+        "cross 3": w["kernel", 1, 2].crosses(3.0).first("step"),
+        "cross half": w[first].crosses(0.5).last("step"),
+        "one": w["kernel", 0, 0].crosses(0.0).first("step"),
+        "small": (abs(w["kernel", 1]) < 1e-3).first("state"),
+        "small any": (abs(w["kernel"]) < 1e-3).any("weight").first("state"),
+        "both": (near | (abs(kernel) > 1e3).any("weight")).sum("step"),
+    }  # fmt: skip
+
+
+def assert_equal_answers(found, expected):
+    assert set(found.data_vars) == set(expected.data_vars)
+    for name in expected.data_vars:
+        mine, other = found[name], expected[name]
+        assert (mine.dims, mine.dtype, mine.shape) == (other.dims, other.dtype, other.shape), name
+        assert mine.values.tobytes() == other.values.tobytes(), name
+        assert list(mine.coords) == list(other.coords)
+        for coordinate in other.coords:
+            assert (mine[coordinate].values == other[coordinate].values).all()
+
+
+@pytest.fixture(scope="module")
+def whole(script):
+    """Return the answers of a replay of everything."""
+    run, *_ = script
+    return {name: asked.compute(index=False) for name, asked in questions(run).items()}
+
+
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_answers_do_not_depend_on_the_level_of_the_index(script, whole, level):
+    run, *_ = script
+    run.index(level)
+    assert level in run.indexes
+    spared = 0
+    for name, asked in questions(run).items():
+        answer = asked.compute()
+        assert_equal_answers(answer, whole[name])
+        assert answer.attrs["steps"] <= whole[name].attrs["steps"], name
+        spared += whole[name].attrs["steps"] - answer.attrs["steps"]
+    assert spared > 300
+
+
+def test_where_a_weight_is_said_to_have_been_it_was(script):
+    run, walk, _ = script
+    known = Indexes(run.log)
+    for name in SHAPES:
+        part = Part(name, SHAPES[name])
+        for start, stop in known.segments:
+            found = known.where(part, start, stop)
+            rows = np.asarray(walk[name], np.float64)[start : stop + 1].reshape(
+                stop - start + 1, -1
+            )
+            inside = (found.low <= rows) & (rows <= found.high)
+            assert (inside | ~np.isfinite(rows)).all()
+            assert np.isinf(found.high[~np.isfinite(rows).all(0)]).all()
+            assert (np.abs(rows) >= np.where(found.least < 1e-37, 0, found.least)).all(
+                where=np.isfinite(rows)
+            )
+
+
+def test_thresholds_at_an_edge_replay_nothing_and_between_edges_little(script):
+    run, _, grads = script
+    with np.errstate(invalid="ignore"):
+        share = (np.abs(grads["kernel"]) > 1024).mean((1, 2))
+    edge = ((abs(run.grads["kernel"]) > 1024).mean("weight") > 0.1).sum("step").compute()
+    assert edge.attrs["steps"] == 0 and edge.attrs["grade"] == "LOGGED"
+    assert edge["value"].values == (share > 0.1).sum()
+    between = ((abs(run.grads["kernel"]) > 1000).mean("weight") > 0.1).sum("step").compute()
+    assert 0 < between.attrs["steps"] < 48 and between.attrs["grade"] != "LOGGED"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(2, 8))
+def test_answers_of_other_scripts_do_not_depend_on_the_index(tmp_path, seed):
+    run = scripted(tmp_path / "run", *script_arrays(seed), index=LEVELS[1 + seed % 3])
+    for asked in questions(run).values():
+        assert_equal_answers(asked.compute(), asked.compute(index=False))
+
+
+# --------------------------------------------------------------- resumed, cut off, thinned, damaged
+
+
+def some_questions(run):
+    g, w = run.grads, run.weights
+    return [
+        ((abs(g) > 0.25).mean("weight") > 0.4).last("step"),
+        w["hidden", 0, 0].crosses(0.0).first("step"),
+        (abs(w["hidden"]) < 1e-3).any("weight").first("state"),
+    ]
+
+
+def assert_right(run):
+    for asked in some_questions(run):
+        found, expected = asked.compute(), asked.compute(index=False)
+        assert_equal_answers(found, expected)
+        assert found.attrs["steps"] <= expected.attrs["steps"]
+
+
+def test_a_recording_that_is_cut_anywhere_goes_on_with_its_index(tmp_path, runs):
+    """Cut the journal after each of its records, as a kill would leave it, and resume."""
+    run = runs["weights"]
+    journal = (pathlib.Path(run.path) / "journal.msgpack").read_bytes()
+    ends = [end for end, _ in frames(journal, "journal")]
+    for end in ends[2:-1:3]:
+        path = tmp_path / f"cut{end}"
+        shutil.copytree(run.path, path)
+        (path / "journal.msgpack").write_bytes(journal[:end])
+        assert_right(replay.open(path))
+        with tiny.recorder(path, resume=True) as recorder:
+            recorder.advance()
+        again = replay.open(path)
+        assert again.indexes == ("weights",)
+        assert_the_same_training(again, run)
+        assert tables(again, "out") == tables(run, "out")
+        spans = {s[:2] for s in again.log.durable.segments}
+        assert {(0, 8), (8, 16), (16, 24)} <= spans
+        assert_right(again)
+
+
+def test_steps_after_the_last_stored_state_are_bounded_from_one_side(tmp_path):
+    with pytest.raises(ZeroDivisionError), tiny.recorder(tmp_path / "run", index="rows",
+                                                         commit_steps=1) as recorder:  # fmt: skip
+        recorder.advance(11)
+        raise ZeroDivisionError
+    run = replay.open(tmp_path / "run")
+    assert run.steps == 11
+    assert_right(run)
+
+
+def test_thinned_segments_are_joined(tmp_path, runs):
+    for level in ("rows", "weights"):
+        shutil.copytree(runs[level].path, tmp_path / level)
+        run = replay.open(tmp_path / level)
+        run.thin(2)
+        assert run.checkpoints == [0, 24]
+        part = Part("hidden", (3, 5))
+        found = Indexes(run.log).where(part, 0, 24)
+        parts = [Indexes(runs[level].log).where(part, a, b) for a, b in ((0, 8), (8, 16), (16, 24))]
+        assert found.bound == parts[0].bound and np.isfinite(found.high).all()
+        assert (found.least == np.min([p.least for p in parts], axis=0)).all()
+        for state in range(25):
+            weights = np.asarray(run.state(state).params["hidden"]).reshape(-1)
+            assert ((found.low <= weights) & (weights <= found.high)).all()
+        assert_right(run)
+
+
+def test_a_damaged_index_is_not_used_and_says_so(tmp_path, runs):
+    names = runs["weights"].log.place.list()
+    names = [name for name in names if re.match("segments/|steps/(grads|updates)_", name)]
+    chunks = [name for name in names if "/c/" in name]
+    assert len(chunks) >= 5 + 4 * 3
+    for name in ("steps/grads_above/c/0/0/0", "steps/updates_max/c/0/0", "segments/path_0/c/1/0/0"):
+        assert name in chunks
+        path = tmp_path / name.replace("/", "_")
+        shutil.copytree(runs["weights"].path, path)
+        data = bytearray((path / name).read_bytes())
+        data[len(data) // 2] ^= 16
+        (path / name).write_bytes(data)
+        run = replay.open(path)
+        with pytest.warns(RuntimeWarning, match="questions replay what it would have spared"):
+            assert_right(run)
+
+
+def test_a_built_index_that_is_damaged_or_of_another_run_is_not_used(tmp_path, runs):
+    shutil.copytree(runs["off"].path, tmp_path / "run")
+    replay.open(tmp_path / "run").index("rows")
+    file = tmp_path / "run" / "index" / "rows.msgpack"
+    intact = file.read_bytes()
+    file.write_bytes(intact[:-1])
+    with pytest.warns(RuntimeWarning, match=r"index/rows\.msgpack is damaged"):
+        assert replay.open(tmp_path / "run").indexes == ()
+    file.write_bytes(intact)
+    other = tiny.record(tmp_path / "other", key=jax.random.key(6))
+    shutil.copytree(tmp_path / "run" / "index", tmp_path / "other" / "index")
+    assert replay.open(other.path).indexes == ()
+    assert replay.open(tmp_path / "run").indexes == ("rows",)
+
+
+def test_an_index_that_was_not_finished_does_not_exist(tmp_path, runs, monkeypatch):
+    shutil.copytree(runs["off"].path, tmp_path / "run")
+    run = replay.open(tmp_path / "run")
+    write, count = Place.write, []
+
+    def fail(place, name, data):
+        count.append(name)
+        if name == "index/rows.msgpack":
+            raise OSError("no space left")
+        write(place, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "write", fail)
+        with pytest.raises(OSError, match="no space left"):
+            run.index("rows")
+    assert replay.open(run.path).indexes == ()
+    run.index("rows")
+    assert_right(replay.open(run.path))
+
+
+def test_several_may_build_the_same_index_at_once(tmp_path, runs):
+    shutil.copytree(runs["off"].path, tmp_path / "run")
+    opened = [replay.open(tmp_path / "run") for _ in range(3)]
+    threads = [threading.Thread(target=run.index, args=("weights",)) for run in opened]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    run = replay.open(tmp_path / "run")
+    assert run.indexes == ("weights",)
+    assert tables(run, "hidden") == tables(runs["weights"], "hidden")
+    assert_right(run)
+
+
+# ------------------------------------------------------------------------------------ what is told
+
+
+def test_explain_names_the_bound_and_executes_nothing(runs, monkeypatch):
+    monkeypatch.setattr(Replayer, "steps", None)
+    run = runs["weights"]
+    told = run.weights["hidden", 1, 0].crosses(5.0).first("step").explain()
+    assert "24 of 24 decided by the log" in told
+    assert "3 segments skipped by path of each weight: states 0 to 8, 8 to 16, 16 to 24" in told
+    assert "answered from the log: nothing is replayed" in told
+    told = run.weights["hidden", 1, 0].crosses(5.0).first("step").explain(index=False)
+    assert "replay up to 24 steps" in told and "decided" not in told
+    told = ((abs(run.grads) > 1024).mean("weight") > 0.1).first("step").explain()
+    assert "skipped by norms, maxima and counts of each step" in told
+
+
+def test_an_anchor_that_the_log_finds_replays_only_what_is_taken(runs):
+    run = runs["scalars"]
+    boom = ((abs(run.grads) > 1).mean("weight") > 0.2).first("step")
+    found = run.samples.before(boom, last=5, inclusive=True).compute()
+    expected = run.samples.before(boom, last=5, inclusive=True).compute(index=False)
+    assert found.attrs["steps"] == 0 and expected.attrs["steps"] > 0
+    assert_equal_answers(found, expected)
+
+
+def test_a_wrong_level_is_refused_with_those_that_exist(tmp_path, runs):
+    with pytest.raises(replay.QueryError, match="one of scalars, rows, weights"):
+        runs["off"].index("columns")
+    with pytest.raises(replay.LogError, match="index='columns'"):
+        tiny.recorder(tmp_path / "run", index="columns")
+
+
+def test_the_command_builds_an_index(tmp_path, runs, capsys):
+    shutil.copytree(runs["off"].path, tmp_path / "run")
+    assert cli.main(["index", str(tmp_path / "run"), "--level", "scalars"]) == 0
+    assert "has an index of scalars" in capsys.readouterr().out
+    assert replay.open(tmp_path / "run").indexes == ("scalars",)

@@ -498,7 +498,8 @@ def check_parts(nodes: Any) -> None:
     Raises:
         QueryError: the tensors differ, or what is chosen of them.
     """
-    several = dict.fromkeys(x.parts for x in nodes if isinstance(x, Node) and x.parts)
+    ragged = [x for x in nodes if isinstance(x, Node) and set(x.dims) & set(RAGGED)]
+    several = dict.fromkeys(x.parts for x in ragged if x.parts)
     if len(several) > 1:
         first, second = list(several)[:2]
         raise QueryError(

@@ -315,7 +315,7 @@ class Asking:
         if key not in self._observers:
             self._observers[key] = Observers(
                 subject.log,
-                subject.gradients(memory),
+                functools.partial(subject.gradients, memory),
                 subject.others,
                 allow=subject.allow,
                 way=strategy,

@@ -6,7 +6,7 @@ handed on as it is; everything else comes from the run's archived programs.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ class Observers:
 
     Args:
         log: the run.
-        gradients: its per-sample gradients.
+        gradients: returns its per-sample gradients, which not every run can have.
         others: data sources by name, for `run.on(source)`.
         allow: custom calls that its programs may make besides the usual ones.
         way: how per-sample gradients are had, `factored` where a tensor has factors, or `scan`.
@@ -47,19 +47,28 @@ class Observers:
     def __init__(
         self,
         log: Log,
-        gradients: SampleGradients,
+        gradients: Callable[[], SampleGradients],
         others: Mapping[str, Data],
         *,
         allow: Sequence[str],
         way: str,
     ):
-        self.log, self.gradients, self.others, self.way = log, gradients, others, way
+        self.log, self._gradients, self.others, self.way = log, gradients, others, way
         self.signature, self._allow = log.header.signature, allow
         self.key = jnp.asarray(np.asarray(log.header.key, np.uint32))
         state = self.signature.state
         self.number = {leaf.path: i for i, leaf in enumerate(state)}
         self.weights = {state[i].path.partition("/")[2]: i for i in self.signature.weights}
         self.tensor = {path: n for n, path in enumerate(self.weights)}
+
+    @property
+    def gradients(self) -> SampleGradients:
+        """Its per-sample gradients.
+
+        Raises:
+            ProgramError: the run was recorded without the program for them.
+        """
+        return self._gradients()
 
     @functools.cache  # noqa: B019  # lives as long as the run
     def program(self, name: str) -> Any:

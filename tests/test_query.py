@@ -1648,3 +1648,23 @@ def test_other_samples_have_the_form_of_those_of_the_run_and_labels_of_their_own
     alone = losses.sel(state=24).compute()["value"].values[0]
     for label in range(2):
         close(values(found)[1, label], alone[labels == label].mean())
+
+
+def test_what_needs_no_gradients_of_samples_is_asked_of_a_run_without_them(tmp_path):
+    def gradient(state, inputs):
+        grads = jax.tree.map(jnp.ones_like, state.params)
+        return jnp.zeros(tiny.BATCH), (), grads, ()
+
+    def update(state, carry, grads, losses):
+        return state._replace(params=jax.tree.map(lambda w: w - 1, state.params))
+
+    def init(key):
+        return replay.State({"a": jnp.zeros(2), "b": jnp.zeros(3)}, (), ())
+
+    program = replay.Program.from_functions(init, gradient, update, name="plain")
+    run = tiny.record(tmp_path / "run", program)
+    assert (abs(run.grads) > 0).sum(("step", "weight")).compute()["value"].values == 24 * 5
+    low = (run.weights["a"].diff("state") < 0).any("weight") & (run.grads["b"] > 0).all("weight")
+    assert low.sum("step").compute()["value"].values == 24
+    with pytest.raises(replay.ProgramError, match="no program for the gradient of one sample"):
+        run.reduce(replay.reductions.Sum())

@@ -87,7 +87,9 @@ class Fold(Root):
         """Whether no later step can change the answer."""
         if self.node.how not in EARLY or self._keyed:
             return False
-        several = len(self._shapes) > 1 and not set(RAGGED) & set(self.node.over)
+        # Of several tensors, what one has found says nothing of the others.
+        apart = self.node.by is not None or not set(RAGGED) & set(self.node.over)
+        several = len(self._shapes) > 1 and apart
         closed = [leaf for key in self.keys() for part in self.found(key) for leaf in part]
         found = [np.asarray(x) for x in (*jax.tree.leaves(self._states), *closed)]
         if several or not found or max(x.size for x in found) > 1:

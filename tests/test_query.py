@@ -1668,3 +1668,23 @@ def test_what_needs_no_gradients_of_samples_is_asked_of_a_run_without_them(tmp_p
     assert low.sum("step").compute()["value"].values == 24
     with pytest.raises(replay.ProgramError, match="no program for the gradient of one sample"):
         run.reduce(replay.reductions.Sum())
+
+
+def test_a_replay_that_stops_early_has_found_what_is_asked_of_every_tensor(tmp_path):
+    def gradient(state, inputs):
+        late = jnp.where(inputs.step < 10, 0.0, 1.0)
+        grads = {"a": jnp.ones(2), "b": late * jnp.ones(3)}
+        return jnp.zeros(tiny.BATCH), (), grads, ()
+
+    def update(state, carry, grads, losses):
+        return state
+
+    def init(key):
+        return replay.State({"a": jnp.zeros(2), "b": jnp.zeros(3)}, (), ())
+
+    run = tiny.record(
+        tmp_path / "run", replay.Program.from_functions(init, gradient, update, name="late")
+    )
+    large = (run.grads > 0).groupby("tensor")
+    assert large.any(("step", "weight")).compute()["value"].values.tolist() == [True, True]
+    assert large.first("step").compute()["value"].values.tolist() == [0, 10]

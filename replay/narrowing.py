@@ -6,7 +6,6 @@ tensor, how many they hold for at least and at most. What no column bounds is un
 replayed. An answer is put together from what is decided and from the same root over the rest.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -15,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from replay.bounds import LARGEST, TINY, at_least, larger
-from replay.plan import tensors_of
-from replay.query.nodes import At, Map, Node, Part, Reduce, Scan, restrict
+from replay.plan import cut, tensors_of
+from replay.query.nodes import At, Map, Node, Part, Reduce, Scan
 
 # What may be looked at without replaying it.
 BOUNDED = ("grads", "updates", "weights")
@@ -782,9 +781,7 @@ def narrowed(
     steps = below.steps
     if len(left) == len(steps):
         return None
-    rest = restrict(below, walked, left) if len(left) else None
-    if rest is not None and isinstance(root, Reduce) and reduced:
-        rest = dataclasses.replace(root, child=rest)
+    rest = cut(root, left)
     names: dict[tuple[int, int] | None, set[str]] = {}
     for piece in found:
         names.setdefault(piece.segment, set()).update(piece.bounds)

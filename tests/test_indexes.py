@@ -37,6 +37,7 @@ LEVELS = indexing.LEVELS
 def nothing_remembered(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("REPLAY_CACHE_BYTES", "0")  # every answer is to be found anew
         yield
 
 
@@ -577,8 +578,8 @@ def questions(run):
         found[f"not <= {c}"] = ((~(abs(kernel) <= c)).mean("weight") > 0.1).first("step")
     return found | {
         "last": ((abs(kernel) > 1024).mean("weight") > 0.3).last("step"),
-        "any": (abs(g) > 1e6).any(),
-        "all": (abs(kernel) < 1e6).all(("step", "weight")),
+        "any": (abs(g) > 3e4).any(),
+        "all": (abs(kernel) < 3e4).all(("step", "weight")),
         "by tensor": (abs(g) > 1).groupby("tensor").any(("step", "weight")),
         "mean by tensor": ((abs(g) > 1).groupby("tensor").mean("weight") > 0.2).first("step"),
         "count": (abs(kernel) > 2).any("weight").sum("step"),
@@ -632,8 +633,15 @@ def test_answers_do_not_depend_on_the_level_of_the_index(script, whole, level):
     assert spared > 300
 
 
+def indexed(run, level):
+    if level not in run.indexes:
+        run.index(level)
+    return run
+
+
 def test_where_a_weight_is_said_to_have_been_it_was(script):
     run, walk, _ = script
+    indexed(run, "weights")
     known = Indexes(run.log)
     for name in SHAPES:
         part = Part(name, SHAPES[name])
@@ -652,6 +660,7 @@ def test_where_a_weight_is_said_to_have_been_it_was(script):
 
 def test_thresholds_at_an_edge_replay_nothing_and_between_edges_little(script):
     run, _, grads = script
+    indexed(run, "scalars")
     with np.errstate(invalid="ignore"):
         share = (np.abs(grads["kernel"]) > 1024).mean((1, 2))
     edge = ((abs(run.grads["kernel"]) > 1024).mean("weight") > 0.1).sum("step").compute()

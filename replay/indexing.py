@@ -214,33 +214,39 @@ def _start(level, weights):
 
 
 def _take(level, known, before, running, after, grads):
-    packed, further = [], []
-    for ok, old, new, grad, sums in zip(known, before, after, grads, running, strict=True):
+    moved, further = [], []
+    for ok, old, new, sums in zip(known, before, after, running, strict=True):
         if not ok:
-            packed.append(jnp.zeros(len(NUMBERS) + COUNTS, jnp.uint32))
+            moved.append(jnp.zeros(2, jnp.uint32))
             further.append(tuple(jnp.full(x.shape, jnp.nan, jnp.float32) for x in sums))
             continue
-        update = jnp.abs(new.astype(jnp.float32) - old.astype(jnp.float32))
-        magnitude = jnp.abs(grad.astype(jnp.float32))
+        update = functools.partial(_update, old, new)
         numbers, spoiled = _extremes(update)
-        packed.append(jnp.concatenate([_counted(magnitude), numbers]))
+        moved.append(numbers)
         # A sum that a number is missing from is none.
-        if level == "rows" and update.size:
-            across = tuple(a for a in range(update.ndim - 1))
-            wide = update.max(-1) if update.ndim else update
-            long = update.max(across) if across else update
+        if level == "rows" and new.size:
+            across = tuple(range(new.ndim - 1))
+            wide = update().max(-1) if new.ndim else update()
+            long = update().max(across) if across else update()
             sums = (sums[0] + wide + spoiled, sums[1] + long + spoiled)
         elif level == "weights":
             size = jnp.abs(new).astype(jnp.float32)
-            sums = (sums[0] + update, jnp.minimum(sums[1], size))
+            sums = (sums[0] + update(), jnp.minimum(sums[1], size))
         further.append(sums)
-    order = _order()
-    return jnp.stack([row[order] for row in packed]), [jnp.copy(x) for x in after], further
+    numbers, counts = _counted([g for ok, g in zip(known, grads, strict=True) if ok])
+    rows, blank = iter(zip(numbers, counts, strict=True)), jnp.zeros(COUNTS, jnp.uint32)
+    packed = []
+    for ok, last in zip(known, moved, strict=True):
+        first, count = next(rows) if ok else (jnp.zeros(2, jnp.uint32), blank)
+        packed += [first, last, count]
+    table = jnp.concatenate(packed).reshape(len(known), len(NUMBERS) + COUNTS)
+    return table, [jnp.copy(x) for x in after], further
 
 
-def _order() -> np.ndarray:
-    """Return where the columns stand in what is put together: gradients, their counts, updates."""
-    return np.asarray([0, 1, 2 + COUNTS, 3 + COUNTS, *range(2, 2 + COUNTS)])
+def _update(old, new):
+    """Return how far weights went; anew for each who asks, which is faster than to keep it."""
+    new, old = lax.optimization_barrier((new, old))
+    return jnp.abs(new.astype(jnp.float32) - old.astype(jnp.float32))
 
 
 def _bits(x):
@@ -253,35 +259,41 @@ def _extremes(magnitude):
     The largest of floats that are not all numbers depends on how a compiler vectorises: on CPU it
     was seen to leave NaN out. A sum of squares never does.
     """
-    if not magnitude.size:
+    if not magnitude().size:
         return jnp.zeros(2, jnp.uint32), jnp.float32(0)
-    squares = jnp.square(magnitude).sum()
-    most = jnp.where(jnp.isnan(squares), jnp.nan, magnitude.max())
-    return jnp.stack([_bits(most), _bits(jnp.sqrt(squares))]), squares * 0
+    squares = jnp.square(magnitude()).sum()
+    most = jnp.where(jnp.isnan(squares), jnp.nan, magnitude().max())
+    return _bits(jnp.stack([most, jnp.sqrt(squares)])), squares * 0
 
 
-def _counted(magnitude):
-    """Return the bits of maximum and norm of gradients, and how many exceed each edge."""
-    numbers, _ = _extremes(magnitude)
-    if not magnitude.size:
-        return jnp.concatenate([numbers, jnp.zeros(COUNTS, jnp.uint32)])
-    bits = _bits(magnitude).astype(jnp.int32)
+def _counted(grads):
+    """Return, of each gradient, the bits of maximum and norm, and how many exceed each edge."""
     thresholds = [int(np.float32(edge).view(np.int32)) for edge in EDGES]
-    infinite = int(np.float32(np.inf).view(np.int32))
-    few = 4
-    low = _above(bits, thresholds[:few])
-    rest = [*thresholds[few:], infinite]
-    # The largest float32 of a healthy training is small: then nothing else is to be counted.
-    top = lax.bitcast_convert_type(numbers[0], jnp.float32)
-    counts = lax.cond(
-        top <= EDGES[few],
-        lambda bits: jnp.zeros(len(rest), jnp.uint32),
-        lambda bits: _above(bits, rest),
-        bits,
-    )
-    counts = jnp.concatenate([low, counts])
+    few, infinite = 4, int(np.float32(np.inf).view(np.int32))
+    magnitudes = [jnp.abs(g.astype(jnp.float32)) for g in grads]
+    numbers = [_extremes(lambda x=x: x)[0] for x in magnitudes]
+    bits = [_bits(x).astype(jnp.int32) for x in magnitudes]
+    low = [_above(x, thresholds[:few]) for x in bits]
+    more = [*thresholds[few:], infinite]
+    high: list[Any] = [None] * len(bits)
+    small = [i for i, x in enumerate(bits) if x.size < 2**15]
+    for some in (small, *([i] for i in range(len(bits)) if i not in small)):
+        # The gradients of a healthy training are small: then nothing else is to be counted.
+        tops = [lax.bitcast_convert_type(numbers[i][0], jnp.float32) for i in some]
+        if not some:
+            continue
+        found = lax.cond(
+            functools.reduce(jnp.logical_and, [top <= EDGES[few] for top in tops]),
+            lambda given: [jnp.zeros(len(more), jnp.uint32) for _ in given],
+            lambda given: [_above(x, more) for x in given],
+            [bits[i] for i in some],
+        )
+        for i, counts in zip(some, found, strict=True):
+            high[i] = counts
     # In their order as integers, what is not a number stands above infinity.
-    return jnp.concatenate([numbers, counts[:-1] - counts[-1], counts[-1:]])
+    unordered = np.asarray([1] * (COUNTS - 1) + [0], np.uint32)
+    counts = [jnp.concatenate(pair) for pair in zip(low, high, strict=True)]
+    return numbers, [x - x[-1] * unordered for x in counts]
 
 
 def _above(bits, thresholds):
@@ -290,19 +302,19 @@ def _above(bits, thresholds):
     flat = bits.reshape(-1)
     whole = flat.size // (rows * lanes) * (rows * lanes)
     rest = flat[whole:]
-    more = -rest.size % rows
-    pieces = [jnp.pad(rest, (0, more)).reshape(1, rows, -1)] if rest.size else []
+    pieces = [jnp.pad(rest, (0, -rest.size % rows)).reshape(1, rows, -1)] if rest.size else []
     pieces += [flat[:whole].reshape(-1, rows, lanes)] if whole else []
+    shifts = np.arange(0, 32, 8, dtype=np.uint32)
     found = []
     for first in range(0, len(thresholds), 4):
         four = thresholds[first : first + 4]
-        counts = [jnp.uint32(0)] * len(four)
+        count = jnp.zeros(4, jnp.uint32)
         for piece in pieces:
             packed = jnp.zeros(piece.shape, jnp.uint32)
-            for i, threshold in enumerate(four):
-                packed = packed + ((piece > threshold).astype(jnp.uint32) << np.uint32(8 * i))
+            for shift, threshold in zip(shifts, four, strict=False):
+                packed = packed + ((piece > threshold).astype(jnp.uint32) << shift)
             sums = packed.sum(1)
-            for i in range(len(four)):
-                counts[i] = counts[i] + ((sums >> np.uint32(8 * i)) & np.uint32(255)).sum()
-        found += counts
-    return jnp.stack(found)
+            parts = (sums[..., None] >> shifts[None, None]) & np.uint32(255)
+            count = count + parts.sum((0, 1))
+        found.append(count[: len(four)])
+    return jnp.concatenate(found)

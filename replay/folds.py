@@ -13,12 +13,12 @@ from replay import plan as planning
 from replay.cache import Cache, Cell
 from replay.cells import Root
 from replay.errors import QueryError
+from replay.evidence import Evidence
 from replay.frames import Observers
 from replay.grads import reductions as grads
 from replay.grads.reductions import BLOCK_STEPS
 from replay.grads.stream import Stream, final, merge
 from replay.local import Local
-from replay.narrowing import Evidence
 from replay.query.nodes import RAGGED, Node, Part, Reduce, Scan
 from replay.reducing import (
     EARLY,

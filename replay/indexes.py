@@ -214,10 +214,9 @@ class Indexes:
         """Return paths and smallest magnitudes of weights in one segment of an index."""
         number, shape = self._number[part.path], part.shape
         names = ("path", "least") if kept.level == "weights" else ("rows", "columns")
-        arrays = [self._row(kept.specs[f"{name}_{number}"], row) for name in names]
-        if any(array is None for array in arrays):
+        first, second = (self._row(kept.specs[f"{name}_{number}"], row) for name in names)
+        if first is None or second is None:
             return None
-        first, second = arrays
         if kept.level == "weights":
             codes = [_chosen(array, part) for array in (first, second)]
             return bounds.above(codes[0]), bounds.below(codes[1])

@@ -59,6 +59,12 @@ def test_the_five_questions_are_answered(tmp_path):
     assert len(in_sql) == 3 and "3 rows; BITWISE" in printed
 
 
+def test_an_index_spares_replays(tmp_path):
+    printed = run(PROGRAMS[0] + PROGRAMS[9], tmp_path)
+    assert re.search(r"\d+ segments skipped by path of each weight: states 0 to", printed)
+    assert printed.endswith("\n0 steps replayed\n")
+
+
 @pytest.mark.parametrize("number", [1, 2, 3], ids=["linen", "grain", "hugging face"])
 def test_the_programs_for_real_libraries_run(number, tmp_path):
     printed = run(PROGRAMS[number], tmp_path)

@@ -330,7 +330,7 @@ class Asking:
             self._cache(subject, memory, strategy) if cache else None,
             subject.log.identity,
             {source: _content(data) for source, data in subject.others.items()},
-            subject.indexes() if index else None,
+            subject.indexes() if index and subject.indexes().levels else None,
         )
 
     def _cache(self, subject: Subject, memory: int, strategy: str) -> Cache | None:
@@ -365,9 +365,10 @@ class Asking:
     def _result(self, node: Node, answer: Any, execution: Execution) -> Result:
         scans = list(node.scans())
         log = self.subjects[scans[0].run].log
+        computed = planning.replayed(node) and execution.computed
         attributes: dict[str, Any] = {
             "plan": "\n".join(answer.node.lines()),
-            "grade": str(answer.grade) if execution.computed else "LOGGED",
+            "grade": str(answer.grade) if computed else "LOGGED",
             "steps": answer.steps,
         }
         if {"sample_updates", "condition"} & {scan.quantity for scan in scans}:

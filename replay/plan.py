@@ -1,7 +1,7 @@
 """Which steps a question replays, from which stored states: pure, and told before anything runs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np

@@ -83,7 +83,13 @@ def walks(draw, steps=40, weights=6, wild=True):
             size=(1, weights)
         )
         walk = (walk * np.where(random.random((1, weights)) < 0.5, 1.0, scale)).astype(np.float32)
-    kinds = random.integers(0, 5, size=weights)
+    mild = random.random() < 0.5
+    if mild:
+        walk = (random.normal(size=walk.shape) * 2.0 ** random.integers(-3, 3)).astype(np.float32)
+        drift = 2.0 ** random.integers(-8, 1)
+        walk = np.where(random.random() < 0.5, walk, np.cumsum(walk * drift, axis=0))
+        walk = walk.astype(np.float32)
+    kinds = np.where(mild, random.integers(0, 50, size=weights), random.integers(0, 5, weights))
     for i, kind in enumerate(kinds):
         if kind == 1:  # to and fro by one unit in the last place
             ahead = np.cumsum(random.integers(-1, 2, count + 1))
@@ -303,6 +309,8 @@ def conditions(draw, tensors, steps):
     threshold = draw(st.sampled_from(THRESHOLDS) | st.floats(-2, 2, width=32))
     compare = draw(st.sampled_from(["greater", "greater_equal", "less", "less_equal"]))
     share = draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
+    near = st.sampled_from([0.03125, 0.25, 1.0, 2.0])
+    threshold = draw(near) if draw(st.booleans()) else threshold
 
     def of_grads():
         x = scan(draw(st.sampled_from(["grads", "updates"])))
@@ -314,6 +322,9 @@ def conditions(draw, tensors, steps):
         if how == "max":
             return Map(compare, (Reduce(x, "max", ("weight",), (), by), threshold))
         held = Map(compare, (x, threshold))
+        if draw(st.booleans()):
+            other = Map(draw(st.sampled_from(["greater", "less"])), (x, draw(near)))
+            held = Map(draw(st.sampled_from(["logical_and", "logical_or"])), (held, other))
         if how == "not":
             held, how = Map("logical_not", (held,)), "mean"
         held = Reduce(held, how, ("weight",), (), by)

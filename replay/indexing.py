@@ -29,10 +29,11 @@ OBSERVED = ("float32", "bfloat16", "float16")
 NUMBERS = ("grads_max", "grads_norm", "updates_max", "updates_norm")
 COUNTS = len(EDGES) + 1  # the last of them is of what is not a number
 
-# A step that computes less than this for each weight is short beside its index: 1.4 times a step of
-# 700 operations for each weight was measured, see experiments/bench_index.py.
-_OPERATIONS_OF_A_WEIGHT = 4096
-_OPERATIONS = 2**27
+# An index reads every weight several times. Beside a step of 550 operations for each weight it took
+# nearly as long as the step; of many more, about as much less. What is fixed is a fraction of a
+# millisecond. See experiments/bench_index.py.
+_OPERATIONS_OF_A_WEIGHT = 16384
+_OPERATIONS = 2**29
 
 
 class Summary(NamedTuple):

@@ -14,8 +14,8 @@ Run time: 7 minutes on two cores, --quick 1 minute; nothing else should run mean
 The steps are those of bench_record.py, and so is the way of measuring: recorders of all levels
 alternate block by block in one process, and a ratio is the median of the ratios of neighbouring
 blocks, with a bootstrap interval of 95%. What an index costs depends on what a step computes for
-each weight: at 2 ms 550 operations for each of 469 thousand weights, at 100 ms 8,500 for each of 405
-thousand, at 10 ms 11,000 for each of nine thousand.
+each weight: at 2 ms 550 operations for each of 469 thousand weights, at 100 ms 8,500 for each of
+405 thousand, at 10 ms 11,000 for each of nine thousand.
 
 "Crossing" asks for 200 seeded weights of one matrix of an MLP of 2,000 steps, some of which never
 cross. The truth comes from one replay that keeps these weights at every state. Segments are counted

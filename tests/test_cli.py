@@ -25,7 +25,8 @@ from replay.log import Log
 from replay.store import Place
 
 COMMANDS = (
-    "demo", "ls", "show", "verify", "state", "plot", "ask", "sql", "explain", "index", "thin", "cache",
+    "demo", "ls", "show", "verify", "state", "plot", "ask", "sql", "explain", "index",
+    "thin", "cache",
 )  # fmt: skip
 ASKED = ("samples", "weights", "explosion", "zero", "compare")
 

@@ -31,6 +31,7 @@ from tiny import compile_once  # noqa: F401  # the fixture is there for who impo
 
 import replay
 from replay import QueryError
+from replay.query import states
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -1112,6 +1113,24 @@ def test_what_was_taken_can_be_reduced_ranked_and_joined(small):
     close(found["size"].values, np.linalg.norm(truth.sample_grads[:6], axis=-1).reshape(-1)[-5:])
     close(found["step_size"].values, np.linalg.norm(truth.grads[[4, 5, 5, 5, 5]], axis=1))
     assert "replay" in beside.explain()
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 100, 1000])
+@pytest.mark.parametrize("how", ["min", "max"])
+def test_one_nan_anywhere_is_the_smallest_and_the_largest(how, size):
+    reduction = states.reduction(how, {}, jnp.float32)
+
+    @jax.jit
+    def found(x):
+        values = states.Values(
+            x, jnp.ones(size, bool), jnp.arange(size, dtype=jnp.int32), jnp.int32(0)
+        )
+        return reduction.step(reduction.init((), x.dtype), values)
+
+    x = np.random.Generator(np.random.Philox(1)).normal(size=size).astype(np.float32)
+    assert found(x) == getattr(x, how)()
+    for place in {0, size // 2, size - 1}:
+        assert np.isnan(found(np.where(np.arange(size) == place, np.float32("nan"), x)))
 
 
 def test_positions_without_a_sample_have_no_part_in_what_is_reduced_along_steps(padded):

@@ -248,7 +248,10 @@ def _extreme(sign: int) -> State:
 
     def step(state, values):
         x = _kept(values, _lowest(state.dtype, sign))
-        return choose(state, x.max(-1) if sign > 0 else x.min(-1))
+        found = x.max(-1) if sign > 0 else x.min(-1)
+        if jnp.issubdtype(x.dtype, jnp.floating):  # XLA's own may lose a NaN among others on CPU
+            found = jnp.where(jnp.isnan(x).any(-1), jnp.nan, found).astype(x.dtype)
+        return choose(state, found)
 
     return State(
         lambda kept, dtype: jnp.full(kept, _lowest(dtype, sign), dtype),

@@ -168,7 +168,7 @@ class Fixture:
         return float(np.median(taken[1:]))
 
 
-def questions(fixture: Fixture) -> dict[str, tuple[Callable[[], Any], range]]:
+def questions(fixture: Fixture) -> dict[str, tuple[Callable[..., Any], range]]:
     """Return each question, and the steps whose training it is compared with."""
     run, settings = fixture.run, fixture.settings
     epoch = range(2 * settings.epoch_steps, 3 * settings.epoch_steps)
@@ -188,19 +188,22 @@ def questions(fixture: Fixture) -> dict[str, tuple[Callable[[], Any], range]]:
     print(f"explosion above {threshold:.3g} at step {exploded}; {weight} across 0 at step {zero}")
     whole = range(settings.steps)
     share = run.sample_updates[weight]
+    share_above = (abs(run.grads) > 2.0**-10).mean("weight")  # which every index has counted
+    often = float(share_above.sel(step=slice(0, settings.spike_at)).max().compute())
+    beyond = (share_above > min(1.2 * often, 0.99)).first("step")
     return {
         "Q1 samples of each weight": (
-            lambda: abs(grads).top_k(10, dim=("step", "position")).compute(), epoch),
-        "Q1 by class": (
-            lambda: abs(grads).groupby(labels).sum().top_k(3, "group").compute(), epoch),
+            abs(grads).top_k(10, dim=("step", "position")).compute, epoch),
+        "Q1 by class": (abs(grads).groupby(labels).sum().top_k(3, "group").compute, epoch),
         "Q1 shares of updates by class": (
-            lambda: abs(shares).groupby(labels).sum().top_k(3, "group").compute(), epoch),
+            abs(shares).groupby(labels).sum().top_k(3, "group").compute, epoch),
         "Q2 weights that moved most": (
-            lambda: abs(run.updates).sum("step").top_k(1000, "weight").compute(), whole),
-        "Q4 before an explosion": (
-            lambda: run.samples.before(boom, last=64).compute(), range(exploded + 1)),
+            abs(run.updates).sum("step").top_k(1000, "weight").compute, whole),
+        "Q4 before an explosion": (run.samples.before(boom, last=64).compute, range(exploded + 1)),
+        "Q4 with a threshold that is logged": (
+            run.samples.before(beyond, last=64).compute, range(exploded + 1)),
         "Q5 across zero": (
-            lambda: run.samples.before(hit, last=100, inclusive=True).join(share=share).compute(),
+            run.samples.before(hit, last=100, inclusive=True).join(share=share).compute,
             range(zero + 1)),
     }  # fmt: skip
 
@@ -333,38 +336,22 @@ def measure_cache(settings: Settings) -> list[Figure]:
     each: Any = settings
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as home:
         os.environ["XDG_CACHE_HOME"] = home
-        run = Fixture(settings, pathlib.Path(folder), settings.seed).run
-        labels, half = np.arange(settings.epoch_steps * settings.batch) % 10, settings.steps // 2
-        asked: dict[str, Callable[[slice], Any]] = {
-            "Q1 samples of each weight": lambda steps: abs(
-                run.sample_grads.sel(step=slice(steps.stop - settings.epoch_steps, steps.stop))
-            ).top_k(10, dim=("step", "position")),
-            "Q1 by class": lambda steps: abs(
-                run.sample_grads.sel(step=slice(steps.stop - settings.epoch_steps, steps.stop))
-            ).groupby(labels).sum().top_k(3, "group"),
-            "Q2 weights that moved most": lambda steps: (
-                abs(run.updates.sel(step=steps)).sum("step").top_k(1000, "weight")),
-            "explosions": lambda steps: (
-                (abs(run.grads.sel(step=steps)) > 1e-3).mean("weight") > 0.1).sum(),
-        }  # fmt: skip
-        whole = slice(0, settings.steps)
-        for name, question in asked.items():
-            question(whole).compute(cache=False)
-            ratios, warm, bare, halves = [], [], [], []
+        fixture = Fixture(settings, pathlib.Path(folder), settings.seed)
+        run, half = fixture.run, settings.steps // 2
+        cold: dict[str, float] = {}
+        for name, (ask, _) in questions(fixture).items():
+            ask(cache=False)
+            ratios, warm, bare = [], [], []
             for _ in range(settings.repeats):
                 run.cache.clear()
                 settle()
-                cold = seconds(lambda q=question: q(whole).compute(cache=False))
-                ratios.append(seconds(lambda q=question: q(whole).compute()) / cold)
-                warm.append(1e3 * seconds(lambda q=question: q(whole).compute()))
+                cold[name] = seconds(lambda a=ask: a(cache=False))
+                ratios.append(seconds(ask) / cold[name])
+                warm.append(1e3 * seconds(ask))
                 kept = pathlib.Path(run.path, "cache", "answers").rglob("*")
                 files = [file for file in kept if file.is_file()]
                 bare.append(1e3 * seconds(lambda f=files: [file.read_bytes() for file in f]))
-                if name.startswith("Q1"):
-                    continue
-                run.cache.clear()
-                question(slice(0, half)).compute()
-                halves.append(seconds(lambda q=question: q(whole).compute()) / cold)
+            read = sum(file.stat().st_size for file in files) / 1e6
             size = sum(entry.bytes for entry in run.cache.entries()) / 1e6
             pure = [a - b for a, b in zip(warm, bare, strict=True)]
             figures += [
@@ -374,14 +361,57 @@ def measure_cache(settings: Settings) -> list[Figure]:
                     f"{name}: asked again, without reading the answer",
                     median(pure, each), "ms", limit=20.0,
                 ),
+                Figure(f"{name}: read", counted(read), "MB"),
                 Figure(f"{name}: kept", counted(size), "MB"),
             ]  # fmt: skip
-            if halves:
-                figures.append(
-                    Figure(f"{name}: half kept / not kept", median(halves, each), limit=0.55)
-                )
             print(*figures[-5:], sep="\n", flush=True)
+        halves: dict[str, Callable[[slice], Any]] = {
+            "Q2 weights that moved most": lambda steps: (
+                abs(run.updates.sel(step=steps)).sum("step").top_k(1000, "weight")),
+            "Q4 steps of explosions": lambda steps: (
+                (abs(run.grads.sel(step=steps)) > 1e-3).mean("weight") > 0.1).sum(),
+            "Q1 by class": lambda steps: abs(
+                run.sample_grads.sel(step=slice(steps.start, steps.stop // 4))
+            ).groupby(fixture.data["y"]).sum().top_k(3, "group"),
+        }  # fmt: skip
+        for name, question in halves.items():
+            whole, first = question(slice(0, settings.steps)), question(slice(0, half))
+            ratios, steps = [], 0
+            for _ in range(settings.repeats + 1):
+                run.cache.clear()
+                first.compute()
+                settle()
+                begun = time.perf_counter()
+                steps = whole.compute().attrs["steps"]
+                taken = time.perf_counter() - begun
+                ratios.append(taken / seconds(lambda w=whole: w.compute(cache=False)))
+            share = steps / whole.compute(cache=False).attrs["steps"]
+            figures += [
+                Figure(f"{name}: half kept / not kept", median(ratios[1:], each), limit=0.55),
+                Figure(f"{name}: half kept: share of the steps replayed", counted(share)),
+            ]
+            print(*figures[-2:], sep="\n", flush=True)
         figures += measure_lookups(settings, pathlib.Path(folder, "long"))
+        for level in ("scalars", "rows", "weights"):
+            run.cache.clear()
+            built = seconds(lambda at=level: run.index(at, progress=False))
+            figures.append(Figure(f"index {level}: built after the training", counted(built), "s"))
+            for name, (ask, _) in questions(fixture).items():
+                if name.startswith(("Q1", "Q2")):
+                    continue  # which no index narrows
+                ask(cache=False)
+                taken, steps = [], 0
+                for _ in range(settings.repeats):
+                    begun = time.perf_counter()
+                    steps = ask(cache=False).attrs["steps"]
+                    taken.append(1e3 * (time.perf_counter() - begun))
+                limit = 50.0 if "logged" in name else None
+                figures += [
+                    Figure(f"index {level}: {name}", median(taken, each), "ms", limit=limit),
+                    Figure(f"index {level}: {name}: steps replayed", counted(steps)),
+                    Figure(f"index off: {name}, before", counted(1e3 * cold[name]), "ms"),
+                ]
+                print(*figures[-3:], sep="\n", flush=True)
     return figures
 
 

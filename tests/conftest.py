@@ -49,3 +49,12 @@ for _owner, _name in [
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU")
+
+
+# The files that take longest; processes side by side then end at about the same time.
+LONG = "contract query cache sql kill recorder cli reduce indexes grads".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))

@@ -179,6 +179,12 @@ class Cache:
 
     # ---- answers
 
+    def has(self, plan: str) -> bool:
+        """Whether an answer was kept for a plan, by this user; it is not read."""
+        name = self._name(plan)
+        notes = _notes(self._answers.read([f"{name}/zarr.json"])[0])
+        return notes is not None and hmac.compare_digest(self._tag(name).hex(), str(notes["mine"]))
+
     def answer(self, plan: str) -> tuple[dict[str, Any], list[np.ndarray]] | None:
         """Return what was kept for a plan: plain data and arrays."""
         name = self._name(plan)
@@ -225,6 +231,7 @@ class Cache:
             "plain": plain,
             "bytes": sum(x.nbytes for x in values),
             "seconds": seconds,
+            "mine": self._tag(name).hex(),
             "tag": self._tag(name, json.dumps(plain).encode(), *values).hex(),
         }
         dims = [x[1:] for x in arrays]
@@ -412,7 +419,7 @@ def _notes(top: bytes | None) -> dict[str, Any] | None:
         notes = json.loads(top or b"")["attributes"]
     except (ValueError, KeyError, TypeError):
         return None
-    wanted = {"plan", "arrays", "plain", "bytes", "seconds", "tag"}
+    wanted = {"plan", "arrays", "plain", "bytes", "seconds", "mine", "tag"}
     return notes if isinstance(notes, dict) and wanted <= set(notes) else None
 
 

@@ -470,7 +470,7 @@ class Execution:
         if not planning.replayed(node) or planning.waits(node):
             return False
         cache = self._cache(node)
-        return cache is not None and reuse.recall(cache, node, self._identities) is not None
+        return cache is not None and reuse.has(cache, node, self._identities)
 
     def course(
         self, root: Root, within: range | None = None, without: frozenset[int] = frozenset()

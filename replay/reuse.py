@@ -188,6 +188,11 @@ def _looks_back(node: Node) -> bool:
     return isinstance(node, Lag) or any(map(_looks_back, node.children))
 
 
+def has(cache: Cache, node: Node, names: Mapping[str, str]) -> bool:
+    """Whether the value of a root or question is kept."""
+    return cache.has(repr(_named_runs(node, names)))
+
+
 def recall(
     cache: Cache, node: Node, names: Mapping[str, str]
 ) -> tuple[Value, list[int], Grade] | None:

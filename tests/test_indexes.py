@@ -682,7 +682,9 @@ def test_thresholds_at_an_edge_replay_nothing_and_between_edges_little(script):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("seed", range(2, 8))
+@pytest.mark.parametrize(
+    "seed", [2, 3, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(4, 8))]
+)
 def test_answers_of_other_scripts_do_not_depend_on_the_index(tmp_path, seed):
     run = scripted(tmp_path / "run", *script_arrays(seed), index=LEVELS[1 + seed % 3])
     for asked in questions(run).values():

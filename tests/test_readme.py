@@ -65,7 +65,11 @@ def test_an_index_spares_replays(tmp_path):
     assert printed.endswith("\n0 steps replayed\n")
 
 
-@pytest.mark.parametrize("number", [1, 2, 3], ids=["linen", "grain", "hugging face"])
+@pytest.mark.parametrize(
+    "number",
+    [1, *(pytest.param(number, marks=pytest.mark.full) for number in (2, 3))],
+    ids=["linen", "grain", "hugging face"],
+)
 def test_the_programs_for_real_libraries_run(number, tmp_path):
     printed = run(PROGRAMS[number], tmp_path)
     if number == 1:

@@ -330,7 +330,7 @@ def test_the_self_test_of_a_sound_program_finds_nothing(tmp_path):
     assert run.grade is replay.Grade.UNAUDITED
 
 
-@pytest.mark.parametrize("width", ["32 bits", "64 bits"])
+@pytest.mark.parametrize("width", [pytest.param("32 bits", marks=pytest.mark.full), "64 bits"])
 def test_settings_that_hold_in_one_thread_hold_for_all_that_is_done_beside_it(tmp_path, width):
     """The data is read, and the self-test traces and executes, in threads of their own."""
     wide = width == "64 bits"

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
-import jax
-import jaxlib
 import numpy as np
 
 from replay import plan as planning
@@ -22,7 +20,7 @@ from replay.frames import Observers
 from replay.grads import strategy as rates
 from replay.grads.reductions import BLOCK_STEPS
 from replay.grads.stream import COMPILED
-from replay.identity import sha256, threads
+from replay.identity import environment, sha256
 from replay.indexes import Indexes
 from replay.log import Log
 from replay.progress import progress_bar
@@ -81,6 +79,7 @@ class Asking:
         self._work = work
         self._observers: dict[tuple[str, str, int], Observers] = {}
         self._caches: dict[tuple, Cache] = {}
+        self._contents: dict[int, tuple[Data, str]] = {}
         self._warm: set[str] = set()
 
     def joint(self, other: "Asking") -> "Asking":
@@ -252,7 +251,8 @@ class Asking:
         """
         nodes = [planning.canonical(expression.plan) for expression in expressions]
         asked = {
-            name: self._asked(name, memory, strategy, cache, index) for name in self._names(nodes)
+            name: self._asked(name, memory, strategy, cache, index, _sources(nodes, name))
+            for name in self._names(nodes)
         }
         total = self._steps(nodes, asked)
         with progress_bar("asking", total, progress if total else False) as report:
@@ -286,7 +286,8 @@ class Asking:
         """Tell what an answer takes, executing nothing."""
         nodes = [planning.canonical(expression.plan) for expression in expressions]
         asked = {
-            name: self._asked(name, memory, strategy, cache, index) for name in self._names(nodes)
+            name: self._asked(name, memory, strategy, cache, index, _sources(nodes, name))
+            for name in self._names(nodes)
         }
         execution = Execution(asked)
         return planning.explain(
@@ -302,7 +303,13 @@ class Asking:
         return sorted({scan.run for node in nodes for scan in node.scans()})
 
     def _asked(
-        self, name: str, memory: int, strategy: str, cache: bool, index: bool = False
+        self,
+        name: str,
+        memory: int,
+        strategy: str,
+        cache: bool,
+        index: bool = False,
+        sources: Sequence[str] = (),
     ) -> Asked:
         if strategy not in ("factored", "scan"):
             raise QueryError(
@@ -329,7 +336,7 @@ class Asking:
             functools.partial(_epochs, log),
             self._cache(subject, memory, strategy) if cache else None,
             subject.log.identity,
-            {source: _content(data) for source, data in subject.others.items()},
+            {source: self._content(subject.others[source]) for source in sources} if cache else {},
             subject.indexes() if index and subject.indexes().levels else None,
         )
 
@@ -340,12 +347,20 @@ class Asking:
             return None
         key = (subject.name, memory, strategy, limit)
         if key not in self._caches:
-            device = jax.devices()[0]
-            here = (device.platform, device.device_kind, threads(), COMPILED)
-            versions = (jax.__version__, jaxlib.version.__version__, np.__version__)
-            identity = sha256(repr((versions, here, memory, strategy)).encode())
+            here = (sorted(environment().items()), np.__version__, COMPILED, memory, strategy)
+            identity = sha256(repr(here).encode())
             self._caches[key] = Cache(subject.log.place, identity, limit)
         return self._caches[key]
+
+    def _content(self, data: Data) -> str:
+        """Return a digest of all that other samples hold, read once."""
+        if id(data) not in self._contents:
+            digests = []
+            for first in range(0, len(data), 4096):
+                leaves = data.leaves(np.arange(first, min(first + 4096, len(data))))
+                digests += [(str(x.dtype), x.shape, sha256(x.tobytes())) for x in leaves]
+            self._contents[id(data)] = (data, sha256(repr(digests).encode()))
+        return self._contents[id(data)][1]
 
     def _steps(self, nodes: Sequence[Node], asked: Mapping[str, Asked]) -> int:
         total, execution = 0, Execution(asked)
@@ -509,10 +524,9 @@ def portions(checkpoints: Sequence[int], looked: np.ndarray, workers: int) -> li
     return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
-def _content(data: Data) -> str:
-    """Return a digest of all that other samples hold."""
-    leaves = data.leaves(np.arange(len(data)))
-    return sha256(repr([(x.dtype, x.shape, sha256(x.tobytes())) for x in leaves]).encode())
+def _sources(nodes: Sequence[Node], run: str) -> list[str]:
+    """Return the other samples of a run that are looked at."""
+    return sorted({x.source for node in nodes for x in node.scans() if x.source and x.run == run})
 
 
 def _all(node: Node) -> list[Node]:

@@ -123,8 +123,12 @@ class Cache:
         """Write something beside the replay; what cannot be written is not kept."""
         self._submit(len(value), lambda: keys.write(name, value))
 
+    def takes(self, size: int) -> bool:
+        """Whether something of so many bytes is kept at all."""
+        return not self._broken and size <= self._limit // 4
+
     def _submit(self, size: int, write: Any) -> None:
-        if self._broken or size > self._limit // 4:
+        if not self.takes(size):
             return
 
         def run():
@@ -181,25 +185,27 @@ class Cache:
 
     def has(self, plan: str) -> bool:
         """Whether an answer was kept for a plan, by this user; it is not read."""
-        name = self._name(plan)
-        notes = _notes(self._answers.read([f"{name}/zarr.json"])[0])
-        return notes is not None and hmac.compare_digest(self._tag(name).hex(), str(notes["mine"]))
+        return self._own_notes(self._name(plan)) is not None
+
+    def _own_notes(self, name: str) -> dict[str, Any] | None:
+        """Return what is noted of an answer, if this user has noted it."""
+        notes = _notes(self._answers.read([f"{name}/zarr.json"], limit=2**24)[0])
+        if notes is None:
+            return None
+        signed = json.dumps({k: v for k, v in notes.items() if k != "mine"}, sort_keys=True)
+        mine = self._tag(name, signed.encode()).hex()
+        return notes if hmac.compare_digest(mine, str(notes["mine"])) else None
 
     def answer(self, plan: str) -> tuple[dict[str, Any], list[np.ndarray]] | None:
         """Return what was kept for a plan: plain data and arrays."""
         name = self._name(plan)
-        (top,) = self._answers.read([f"{name}/zarr.json"])
-        notes = _notes(top)
+        notes = self._own_notes(name)
         if notes is None:
             return None
-        arrays = self._answers.read_arrays(name, len(notes["arrays"]))
+        arrays = self._answers.read_arrays(name, notes["arrays"])
         if arrays is None:
             return None
-        try:
-            arrays = [x.view(np.dtype(d)) for x, d in zip(arrays, notes["arrays"], strict=True)]
-            tag = self._tag(name, json.dumps(notes["plain"]).encode(), *arrays)
-        except (TypeError, ValueError):
-            return None
+        tag = self._tag(name, json.dumps(notes["plain"]).encode(), *arrays)
         if not hmac.compare_digest(tag.hex(), str(notes["tag"])):
             return None
         return notes["plain"], arrays
@@ -227,13 +233,17 @@ class Cache:
         plain = json.loads(json.dumps(plain))
         notes = {
             "plan": about,
-            "arrays": [str(x.dtype) for x in values],
+            "arrays": [
+                [str(x.dtype), list(x.shape), list(dims)]
+                for x, (_, dims, _) in zip(values, arrays, strict=True)
+            ],
             "plain": plain,
             "bytes": sum(x.nbytes for x in values),
             "seconds": seconds,
-            "mine": self._tag(name).hex(),
             "tag": self._tag(name, json.dumps(plain).encode(), *values).hex(),
         }
+        signed = json.dumps(notes, sort_keys=True)
+        notes["mine"] = self._tag(name, signed.encode()).hex()
         dims = [x[1:] for x in arrays]
         whole = [(x, *more) for x, more in zip(values, dims, strict=True)]
         self._submit(notes["bytes"], lambda: self._answers.write_arrays(name, whole, notes))
@@ -262,7 +272,7 @@ class Cache:
 
     def _all_answers(self) -> list[Entry]:
         names = [x[: -len("/zarr.json")] for x in self._answers.names() if x.count("/") == 1]
-        tops = self._answers.read([f"{name}/zarr.json" for name in names])
+        tops = self._answers.read([f"{name}/zarr.json" for name in names], limit=2**24)
         return [
             Entry(
                 "answer", name, str(notes["plan"]), int(notes["bytes"]), float(notes["seconds"]),
@@ -326,7 +336,7 @@ class Shelf:
         if folder == self._own:
             return [(i, False) for i in range(len(self._parts))]
         name = f"{self._family}/{folder}/parts"
-        (packed,) = self._keys.read([name])
+        (packed,) = self._keys.read([name], limit=2**26)
         if packed is None or not hmac.compare_digest(
             packed[:_TAG], self._cache._tag(name, packed[_TAG:])
         ):
@@ -347,7 +357,8 @@ class Shelf:
         that are asked for.
         """
         path, places = where
-        (packed,) = self._keys.read([path])
+        size, _ = _sizes(path.rsplit("/", 1)[-1]) or (0, 0.0)
+        (packed,) = self._keys.read([path], limit=size)
         if packed is None or len(packed) < _TAG + 4:
             return None
         body = memoryview(packed)[_TAG:]
@@ -410,17 +421,19 @@ def _unpacked(packed: bytes) -> dict[str, Any]:
     found: Any = None
     with contextlib.suppress(ValueError, msgpack.exceptions.UnpackException):
         found = msgpack.unpackb(packed)
-    known = isinstance(found, dict) and "parts" in found
-    return found if known else {"parts": [], "about": "", "plain": {}}
+    blank = {"parts": [], "about": "", "plain": {}}
+    return {**blank, **found} if isinstance(found, dict) else blank
 
 
 def _notes(top: bytes | None) -> dict[str, Any] | None:
     try:
         notes = json.loads(top or b"")["attributes"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    wanted = {"plan", "arrays", "plain", "bytes", "seconds", "mine", "tag"}
-    return notes if isinstance(notes, dict) and wanted <= set(notes) else None
+    kinds = {"plan": str, "arrays": list, "plain": dict, "bytes": int, "tag": str, "mine": str}
+    if not isinstance(notes, dict) or not isinstance(notes.get("seconds"), int | float):
+        return None
+    return notes if all(isinstance(notes.get(k), kind) for k, kind in kinds.items()) else None
 
 
 def _secret() -> bytes:

@@ -92,7 +92,11 @@ class Execution:
         self.grade, self.steps = Grade.BITWISE, 0
         self._keys: dict[Node, list[int]] = {}
         self._places: dict[Node, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        self._identities = {name: asked.identity for name, asked in runs.items()}
+        same = [asked.identity for asked in runs.values()]
+        self._identities = {  # of copies of one run, each its own
+            name: asked.identity + f" {i}" * (same.count(asked.identity) > 1)
+            for i, (name, asked) in enumerate(sorted(runs.items()))
+        }
         self._identities |= {
             f"{name} {source}": identity
             for name, asked in runs.items()
@@ -436,9 +440,9 @@ class Execution:
             cache.flush()
 
     def _cache(self, node: Node) -> Cache | None:
-        names = planning.runs_of(node)
-        hidden = {f"{scan.run} {scan.source}" for scan in node.scans() if scan.source}
-        return self.runs[names[0]].cache if hidden <= set(self._identities) else None
+        if any(scan.quantity == "column" for scan in node.scans()):
+            return None  # a column may be logged anew when a run is continued
+        return self.runs[planning.runs_of(node)[0]].cache
 
     def _recalled(self, node: Node) -> bool:
         if not planning.replayed(node):
@@ -545,14 +549,22 @@ class Execution:
         passed, reached = planning.union(cuts)
         lags: dict[Node, dict] = {node: {} for node in roots}
         walks = [self._frames(name, passed, reached) for name in names]
-        early, ended = all(map(planning.stops_early, roots)), False
+        early, done = all(map(planning.stops_early, roots)), set()
+
+        def look() -> bool:
+            """Leave roots alone whose answer is known, and tell whether that is all of them."""
+            for node in (node for node in roots if node not in done and roots[node].done()):
+                done.add(node)
+                roots[node].closed = _not_kept  # its cell holds some of the steps only
+            return len(done) == len(roots)
+
         with contextlib.ExitStack() as stack:
             for walk in walks:
                 stack.enter_context(contextlib.closing(walk))
             if early:
-                for node, (steps, *_) in wanted.items():
-                    courses[node].before(min(steps))
-                if all(courses[node].ended or root.done() for node, root in roots.items()):
+                for node, course in courses.items():
+                    course.before(min(wanted[node][0]) if node in wanted else None)
+                if look() or not cuts:
                     walks = []
             for frames in zip(*walks, strict=True):
                 step, replayed = frames[0].step, frames[0].replayed
@@ -561,23 +573,19 @@ class Execution:
                     if step not in looked or (walked == "step" and replayed is None):
                         continue
                     local = Local(here, step, self._known, lags[node])
-                    if step in steps:
+                    if step in steps and node not in done:
                         courses[node].before(step)
-                        if early and roots[node].done():
-                            continue
                         roots[node].take(local)
                     local.remember(planning.below(node))
-                ended = early and all(root.done() for root in roots.values())
-                if ended:
+                if early and look():
                     break
                 if keeper.waiting:
                     keeper.audited([*self._verified, *self._verifying])
         for node, root in roots.items():
-            if not ended:
+            if node not in done:
                 root.end()
-            root.closed = lambda number, key, cell: None
-            if not (early and root.done()):
                 courses[node].before(None)
+            root.closed = _not_kept
         keeper.audited(self._verified)
 
     def _frames(self, name: str, steps: np.ndarray, reached: np.ndarray) -> Generator[Frame]:
@@ -596,7 +604,8 @@ class Execution:
             try:
                 for replayed in walk:
                     step, last = replayed.executed.start, replayed
-                    self._verifying = [(span.start, replayed.closed)]
+                    if not replayed.deviation:  # else what closes is not what began
+                        self._verifying = [(span.start, replayed.closed)]
                     self.steps += 1
                     if step in either:
                         yield Frame(asked.observers, step, replayed.executed.before, replayed)
@@ -632,6 +641,10 @@ class Execution:
         return local
 
 
+def _not_kept(number: int, key: int, cell: Cell) -> None:
+    """Keep nothing of a cell."""
+
+
 class _Keeper:
     """Cells that wait for the audit of their steps, to be kept after it.
 
@@ -643,10 +656,12 @@ class _Keeper:
         self._roots, self._begun = roots, time.perf_counter()
 
     def closed(self, course: Course, number: int, key: int, cell: Cell) -> None:
-        """Take a cell."""
+        """Take a cell, if it is to be kept and there is room for those that wait."""
         now = time.perf_counter()
         seconds, self._begun = (now - self._begun) / self._roots, now
-        self.waiting.append((course, number, key, cell, seconds))
+        waiting = sum(_bytes(cell) for *_, cell, _ in self.waiting)
+        if course.fits(_bytes(cell) + waiting):
+            self.waiting.append((course, number, key, cell, seconds))
 
     def audited(self, verified: Sequence[tuple[int, int]]) -> None:
         """Keep the cells of steps between states that were found to be those of the run."""
@@ -657,6 +672,10 @@ class _Keeper:
                 course.keep(number, key, cell, seconds)
             else:
                 self.waiting.append(one)
+
+
+def _bytes(cell: Cell) -> int:
+    return sum(x.nbytes for part in cell.parts for x in part)
 
 
 def _multiplied_out(node: Node) -> bool:

@@ -130,6 +130,9 @@ class Indexes:
         """Return what is known of a tensor at each step; None where nothing is."""
         if path not in self._number or self._leaf(path).dtype not in OBSERVED:
             return None
+        grads = self._log.header.signature.grads[self._number[path]]
+        if grads.dtype != self._leaf(path).dtype:  # compared with numbers in a precision of its own
+            return None
         if self._tables is None:
             self._tables = self._columns()
         if not self._tables:

@@ -11,7 +11,7 @@ from replay.cache import Cache, Cell
 from replay.cells import Root
 from replay.errors import Grade
 from replay.identity import sha256
-from replay.query.nodes import RAGGED, Lag, Node, Part, Reduce, Scan, narrow, restrict
+from replay.query.nodes import RAGGED, Lag, Node, Part, Reduce, Scan, Take, narrow, restrict
 from replay.values import Value, on_host
 
 
@@ -45,7 +45,8 @@ class Course:
         self._names: dict[tuple[int, int], str] = {}
         self._there: dict[int, list[tuple[int, list[Any]]]] = {}
         self._pushed = 0
-        self._shelf = None
+        self._shelf, self._cache = None, cache
+        self._lags = _looks_back(root.node)
         if cache is None or not len(steps):
             return
         family, parts, self._indices, cuts = _family(root, names)
@@ -76,11 +77,18 @@ class Course:
         """Whether all that was looked at for a cell lies between verified states."""
         first, last = (np.searchsorted(self.left, n * self.root.span) for n in (number, number + 1))
         steps = self.left[first:last]
+        if self._lags:
+            cut = planning.cut(self.root.node, steps)
+            steps = steps if cut is None else planning.earlier(planning.below(cut))
         after = 0 if planning.below(self.root.node).walked == "state" else 1
         known = np.zeros(len(steps), bool)
         for start, stop in verified:
             known |= (steps >= start) & (steps + after <= stop)
         return bool(known.all())
+
+    def fits(self, size: int) -> bool:
+        """Whether so many bytes may wait to be kept."""
+        return self._shelf is not None and self._cache is not None and self._cache.takes(size)
 
     def before(self, step: int | None) -> None:
         """Push what is there of cells before that of a step; all that is left without one.
@@ -178,6 +186,8 @@ def _family(
 
 def _named_runs(node: Node, names: Mapping[str, str]) -> Node:
     """Call runs by what identifies them, and not by where they are."""
+    if isinstance(node, Take) and node.of is not None:
+        node = dataclasses.replace(node, of=_named_runs(node.of, names))
     if isinstance(node, Scan):
         source = names[f"{node.run} {node.source}"] if node.source else ""
         return dataclasses.replace(node, run=names[node.run], source=source)

@@ -396,11 +396,17 @@ class KeyValues:
             {**spec, "file_io_sync": False} if spec["driver"] == "file" else spec, context=_CONTEXT
         ).result()
 
-    def read(self, names: Sequence[str]) -> list[bytes | None]:
-        """Return values, None for what is not there or cannot be read."""
+    def read(self, names: Sequence[str], *, limit: int = 2**34) -> list[bytes | None]:
+        """Return values, None for what is not there, cannot be read, or is beyond the limit."""
         found: list[bytes | None] = []
-        for future in [self._kv.read(name) for name in names]:
+        path = self._place.path
+        large = [path is not None and _size(path / self._folder / x) > limit for x in names]
+        futures = [None if big else self._kv.read(x) for x, big in zip(names, large, strict=True)]
+        for future in futures:
             try:
+                if future is None:
+                    found.append(None)
+                    continue
                 result = future.result()
                 found.append(bytes(result.value) if result.state == "value" else None)
             except (ValueError, OSError):
@@ -443,9 +449,8 @@ class KeyValues:
     ) -> None:
         """Write a zarr group of arrays called 0, 1, ... with dimensions and attributes.
 
-        As they are: what is read again soon is not worth the time of compressing it.
-
-        The metadata of the group is written last: without it nothing is there.
+        As they are: what is read again soon is not worth the time of compressing it. The metadata
+        of the group is written last: without it nothing is there.
 
         Raises:
             OSError: they cannot be written.
@@ -454,20 +459,12 @@ class KeyValues:
             writes = []
             for i, (array, dims, notes) in enumerate(arrays):
                 array = np.asarray(array)
-                chunk = tuple(max(n, 1) for n in array.shape)
-                spec = ArraySpec(
-                    f"{name}/{i}", array.shape, chunk, str(array.dtype), tuple(dims),
-                    attributes=notes,
-                )  # fmt: skip
-                stored = array.view(_STORED_AS.get(spec.dtype, array.dtype))
-                metadata = spec.metadata()
-                metadata["codecs"] = [c for c in metadata["codecs"] if c["name"] != "zstd"]
-                request = self._request(f"{name}/{i}") | {"metadata": metadata}
-                writes.append(
-                    tensorstore.open(
-                        request, create=True, delete_existing=True, context=_CONTEXT
-                    ).result().write(stored)
-                )  # fmt: skip
+                request = self._request(name, i, str(array.dtype), array.shape, dims, notes)
+                stored = array.view(_STORED_AS.get(str(array.dtype), array.dtype))
+                opened = tensorstore.open(
+                    request, create=True, delete_existing=True, context=_CONTEXT
+                )
+                writes.append(opened.result().write(stored))
             for write in writes:
                 write.result()
         except ValueError as error:
@@ -475,27 +472,56 @@ class KeyValues:
         top = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
         self.write(f"{name}/zarr.json", json.dumps(top).encode())
 
-    def read_arrays(self, name: str, count: int) -> list[np.ndarray] | None:
-        """Return the arrays of a group; None where they cannot be read."""
+    def read_arrays(self, name: str, forms: Sequence[Sequence[Any]]) -> list[np.ndarray] | None:
+        """Return the arrays of a group; None where they cannot be read.
+
+        Args:
+            name: of the group.
+            forms: dtype, shape and dimensions of each: what is said beside them is not believed.
+        """
         try:
-            opened = [
-                tensorstore.open(self._request(f"{name}/{i}"), open=True, context=_CONTEXT)
-                for i in range(count)
-            ]
+            opened = []
+            for i, (dtype, shape, dims) in enumerate(forms):
+                request = self._request(name, i, dtype, shape, dims, {})
+                whole = 4 * math.prod(shape, start=np.dtype(dtype).itemsize) + 2**16
+                path = self._place.path
+                chunk = "/".join(["c", *["0"] * len(shape)])
+                if path and _size(path / self._folder / name / str(i) / chunk) > whole:
+                    return None
+                opened.append(
+                    tensorstore.open(request, open=True, assume_metadata=True, context=_CONTEXT)
+                )
             reads = [one.result().read() for one in opened]
-            return [np.asarray(read.result()) for read in reads]
-        except (ValueError, OSError):
+            found = [np.asarray(read.result()) for read in reads]
+            return [x.view(np.dtype(form[0])) for x, form in zip(found, forms, strict=True)]
+        except (ValueError, OSError, TypeError):
             return None
 
-    def _request(self, name: str) -> dict[str, Any]:
-        spec = self._place.kvstore(f"{self._folder}/{name}")
+    def _request(
+        self, name: str, number: int, dtype: str, shape: Sequence[int], dims: Any, notes: dict
+    ) -> dict[str, Any]:
+        place = f"{name}/{number}"
+        spec = self._place.kvstore(f"{self._folder}/{place}")
         spec = {**spec, "file_io_sync": False} if spec["driver"] == "file" else spec
+        chunk = tuple(max(n, 1) for n in shape)
+        array = ArraySpec(place, tuple(shape), chunk, dtype, tuple(dims), attributes=notes)
+        metadata = array.metadata()
+        metadata["codecs"] = [x for x in metadata["codecs"] if x["name"] != "zstd"]
         return {
             "driver": "zarr3",
             "kvstore": spec,
+            "metadata": metadata,
             "store_data_equal_to_fill_value": True,
             "fill_missing_data_reads": False,
         }
+
+
+def _size(path: pathlib.Path) -> int:
+    """Return the bytes of a file, none where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _below(name: str) -> Any:

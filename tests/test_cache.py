@@ -1,6 +1,7 @@
 """What is kept is never anything but what a replay would give, and nobody replays it again."""
 
 import concurrent.futures
+import json
 import os
 import pathlib
 import re
@@ -268,6 +269,60 @@ def test_what_a_stranger_has_put_there_is_as_good_as_missing(path, tmp_path, mon
     assert asked(path, path_length) == (cold, steps, "BITWISE")
     secret = tmp_path / "home" / "jax-replay" / "secret"
     assert secret.stat().st_size == 32 and secret.stat().st_mode & 0o077 == 0
+
+
+def test_what_departs_from_its_run_is_not_kept(path, monkeypatch):
+    run = replay.open(path)
+    column = run.log.column
+
+    def other_losses_at_step_5(name, start, stop):
+        found = column(name, start, stop)
+        return np.where(np.arange(start, stop) == 5, ~found, found) if name == "witness" else found
+
+    monkeypatch.setattr(run.log, "column", other_losses_at_step_5)
+    with pytest.warns(UserWarning, match="not every step is exact"):
+        found = path_length(run).compute(exact=False)
+    assert found.attrs["grade"] == "NUMERIC" and files(path) == []
+    with pytest.raises(replay.DivergenceError):
+        abs(run.updates.sel(step=slice(0, 64))).sum("step").compute()
+
+
+def test_of_what_has_stopped_early_no_half_a_cell_is_kept(path):
+    run = replay.open(path)
+    grads = abs(run.grads.sel(step=slice(0, 140)))
+    most = {name: abs(run.grads[name]).max("weight") for name in ("hidden", "out")}
+    at = {name: x.sel(step=slice(0, 140)).compute(cache=False) for name, x in most.items()}
+    rows = {name: x["value"].values for name, x in at.items()}
+    limit = float(np.sort(rows["out"])[-1]) * 0.999
+    later = int(rows["out"].argmax())
+    assert later % 64 > 0 or rows["hidden"].max() > limit  # something else happens before it
+    replay.compute(
+        (grads > min(limit, rows["hidden"][:later].max() * 0.999)).any(), (grads > 1e9).any()
+    )
+    only = (grads["out"] > min(limit, rows["hidden"][:later].max() * 0.999)).any()
+    assert bool(only.compute()) == bool(only.compute(cache=False))
+
+
+def test_notes_that_make_no_sense_are_no_answer(path):
+    cold, _, _ = asked(path, path_length)
+    (notes,) = (path / "cache" / "answers").glob("*/zarr.json")
+    good = json.loads(notes.read_text())
+    for name, value in {
+        "arrays": 5, "bytes": None, "seconds": "x", "tag": [], "plain": "", "mine": None,
+    }.items():  # fmt: skip
+        bad = {**good, "attributes": {**good["attributes"], name: value}}
+        notes.write_text(json.dumps(bad))
+        assert asked(path, path_length)[0] == cold
+        cli.main(["cache", "ls", str(path)])
+    notes.write_text("[" * 100_000)
+    assert asked(path, path_length)[0] == cold
+    larger = json.loads(json.dumps(good))
+    larger["attributes"]["arrays"][0][1] = [2**40]
+    notes.write_text(json.dumps(larger))
+    assert asked(path, path_length)[0] == cold
+    (parts,) = (path / "cache" / "cells").rglob("parts")
+    parts.write_bytes(bytes(32) + b"\x81\xa5parts\x90")
+    assert cli.main(["cache", "ls", str(path)]) == 0
 
 
 def test_a_kept_cell_under_another_name_is_not_taken_for_it(path):

@@ -398,7 +398,8 @@ def start(path, *arguments):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("count", [2, 8])
 def test_processes_that_ask_overlapping_questions_at_once_agree(path, count):
     together = [start(path, number // 2) for number in range(count)]
     found = [process.communicate()[0].splitlines()[-1] for process in together]

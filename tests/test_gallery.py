@@ -34,6 +34,7 @@ def test_every_block_has_an_output():
     assert len(BLOCKS) > 12
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("title", "shown"),
     [(title, shown) for title, _, shown in BLOCKS],

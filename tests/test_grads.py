@@ -80,8 +80,6 @@ def check(found, exact, rounded, what):
 QUICK = {
     "dense",
     "layers stacked for a scan",
-    "weight normalised layer",
-    "activation with its own vjp",
     "bfloat16 compute with float32 weights",
     "fused projection that is sliced",
 }

@@ -391,7 +391,6 @@ def measure_cache(settings: Settings) -> list[Figure]:
                 Figure(f"{name}: half kept: share of the steps replayed", counted(share)),
             ]
             print(*figures[-2:], sep="\n", flush=True)
-        figures += measure_lookups(settings, pathlib.Path(folder, "long"))
         for level in ("scalars", "rows", "weights"):
             run.cache.clear()
             built = seconds(lambda at=level: run.index(at, progress=False))
@@ -415,8 +414,16 @@ def measure_cache(settings: Settings) -> list[Figure]:
     return figures
 
 
-def measure_lookups(settings: Settings, path: pathlib.Path) -> list[Figure]:
+def measure_lookups(settings: Settings) -> list[Figure]:
     """Measure planning for a run of 100 thousand steps and 1,000 kept answers."""
+    os.environ["REPLAY_CACHE_BYTES"] = str(2**32)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        return lookups(settings, pathlib.Path(folder, "long"))
+
+
+def lookups(settings: Settings, path: pathlib.Path) -> list[Figure]:
+    """Measure planning for a run that is recorded to a path."""
     steps, answers = (100_000, 1_000) if settings.steps > 1000 else (5_000, 20)
     rows = np.random.Generator(np.random.Philox(1)).normal(size=(64, 4)).astype(np.float32)
     program = replay.Program(
@@ -454,6 +461,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 SECTIONS = {
     "cache": measure_cache,
+    "lookups": measure_lookups,
     "questions": measure_questions,
     "comparison": measure_comparison,
     "processes": measure_processes,

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -548,7 +547,7 @@ def _catalogue(subject: Subject, way: str) -> planning.Catalogue:
     log = subject.log
     steps = log.durable.steps
     seconds = log.column("microseconds", 0, steps).astype(np.float64) * 1e-6
-    each = statistics.median(seconds.tolist()) if len(seconds) else 0.0
+    each = float(np.median(seconds)) if len(seconds) else 0.0
     entry = log.header.programs.get("factors")
     names = [leaf.path for leaf in log.header.signature.grads]
     ways = dict.fromkeys(names, "scan")

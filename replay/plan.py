@@ -137,7 +137,7 @@ def earlier(node: Node) -> np.ndarray:
         if isinstance(this, Lag):
             found.append(this.child.steps)
         stack += [child for child in this.children if child.walked == node.walked]
-    return np.unique(np.concatenate(found)).astype(np.int64)
+    return _together(found)
 
 
 def spans(checkpoints: Sequence[int], steps: np.ndarray, states: np.ndarray) -> list[Span]:
@@ -380,11 +380,16 @@ def _replay(
 
 def union(stage: Sequence[Node]) -> tuple[np.ndarray, np.ndarray]:
     """Return all steps that the roots of a stage pass, and all states they reach."""
-    none = (np.zeros(0, np.int64),) * 2
-    both = [none, *(visits(root) for root in stage)]
-    return tuple(  # type: ignore[return-value]
-        np.unique(np.concatenate([pair[i] for pair in both])) for i in range(2)
-    )
+    both = [visits(root) for root in stage]
+    return _together([pair[0] for pair in both]), _together([pair[1] for pair in both])
+
+
+def _together(several: Sequence[np.ndarray]) -> np.ndarray:
+    """Return all numbers of ascending arrays, ascending."""
+    some = [x for x in several if len(x)]
+    if len(some) < 2:
+        return some[0].astype(np.int64) if some else np.zeros(0, np.int64)
+    return np.unique(np.concatenate(some)).astype(np.int64)
 
 
 def stages(wanted: Sequence[Node]) -> list[list[Node]]:

@@ -554,16 +554,8 @@ QUICK = (
         "FROM sample_losses JOIN labels USING (sample) GROUP BY step ORDER BY 1"
     ),
     "SELECT tensor, min(step) FROM grads WHERE abs(value) > 0.7 GROUP BY tensor",
-    (
-        "SELECT sum(CASE WHEN value > 1e9 THEN value ELSE 0 END), avg(CASE WHEN value > 0 THEN "
-        "value END), avg(CASE WHEN value > 0 THEN value ELSE 0 END) FROM grads"
-    ),
     "SELECT epoch, sum(value) FILTER (WHERE tensor = 'out') FROM grads GROUP BY epoch ORDER BY 1",
     "SELECT count(*), min(step), max(step) FROM grads WHERE epoch IN (1,2)",
-    (
-        "SELECT epoch, tensor, sum(abs(value)), count(*), avg(value) FROM grads GROUP BY epoch, "
-        "tensor"
-    ),
     "SELECT label, avg(value) FROM sample_losses JOIN labels USING (sample) GROUP BY label",
     (
         "SELECT step, count(*) FILTER (WHERE value > 0) AS pos, sum(value) FILTER (WHERE value < "
@@ -614,7 +606,147 @@ QUICK = (
     ),
 )
 
+# Where NULL, rows that are left out, or DISTINCT could be mistaken for something else.
+CORNERS = (
+    "SELECT DISTINCT value FROM sample_losses",
+    "SELECT count(*) FROM (SELECT DISTINCT abs(value) > 1 FROM grads)",
+    "SELECT count(*) FROM sample_losses WHERE value::BOOLEAN",
+    "SELECT sum(CASE WHEN value > 1e9 THEN value ELSE 0 END) FROM sample_losses WHERE value > 0",
+    (
+        "SELECT step % 3 AS m, min(value) FILTER (WHERE value > 1e9), avg(value) FILTER (WHERE "
+        "value > 1e9) FROM sample_losses GROUP BY m ORDER BY m"
+    ),
+    "SELECT count(NULL) FROM samples",
+    (
+        "SELECT label, count(*) FILTER (WHERE step < 2), count(*) FILTER (WHERE step >= 22) FROM "
+        "samples JOIN labels USING (sample) GROUP BY label"
+    ),
+    "SELECT approx_count_distinct(value) FILTER (WHERE step < 0) FROM grads",
+    (
+        "SELECT count(nullif(value, 0)), count(CASE WHEN value > 0 THEN NULL END), "
+        "count(abs(value) + 1), count(nullif(value > 0, true)) FROM grads"
+    ),
+    (
+        "SELECT count(*) FROM (SELECT step FROM samples ORDER BY step, position OFFSET 10) "
+        "WHERE step > 5"
+    ),
+    (
+        "SELECT * FROM (SELECT step, sum(value) s FROM sample_losses GROUP BY ROLLUP "
+        "(step)) WHERE step = 3"
+    ),
+    (
+        "SELECT epoch, position, count(*) FROM sample_losses GROUP BY GROUPING SETS "
+        "((epoch), (position))"
+    ),
+    (
+        "WITH w AS (SELECT state, tensor, weight, value, lag(value) OVER (PARTITION BY "
+        "tensor, weight ORDER BY state) AS p FROM weights) SELECT state, sum(abs(p)) FROM w "
+        "GROUP BY state ORDER BY state"
+    ),
+    (
+        "WITH w AS (SELECT state, tensor, weight, value, lag(value) OVER (PARTITION BY "
+        "tensor, weight ORDER BY state) AS p FROM weights) SELECT count(*) FROM w WHERE "
+        "greatest(p, 0) >= 0"
+    ),
+    "SELECT step, position FROM samples ORDER BY step, position LIMIT 10%",
+    (
+        "SELECT count(*), sum(a.value) FROM sample_losses a JOIN sample_losses b ON a.step "
+        "= b.step AND a.position = b.position AND a.sample = b.position"
+    ),
+    (
+        "SELECT count(*), sum(a.value) FROM sample_losses a JOIN sample_losses b ON a.step "
+        "= b.step AND a.position = b.position AND a.step = b.step + 1"
+    ),
+    "SELECT count(*) FROM (SELECT entropy(value) FROM sample_losses)",
+    "SELECT min(step) FILTER (WHERE step > 1000), count() FROM samples",
+    (
+        "SELECT sum(CASE WHEN tensor = 'none' THEN value ELSE 0 END), sum(value) FILTER "
+        "(WHERE tensor = 'none'), count(*) FILTER (WHERE tensor = 'none' AND value > 0), "
+        "min(step) FILTER (WHERE tensor = 'none') FROM grads"
+    ),
+)
+
+MORE_CORNERS = (
+    (
+        "SELECT count(*) FILTER (WHERE value), sum(CASE WHEN value THEN 1 ELSE 0 END), "
+        "sum(CAST(CAST(value AS BOOLEAN) AS INT)), count(*) FILTER (WHERE NOT value AND 1) "
+        "FROM sample_losses"
+    ),
+    (
+        "SELECT step, bool_or(value::BOOLEAN), count_if(value > 1 AND value) FROM "
+        "sample_losses GROUP BY step ORDER BY step"
+    ),
+    (
+        "SELECT count(*) FROM (SELECT step, bool_or(value > 1.5) AS hit FROM sample_losses "
+        "GROUP BY step) WHERE hit"
+    ),
+    (
+        "SELECT sum(CASE WHEN CASE WHEN value > 0 THEN value < 1 ELSE value < -1 END THEN "
+        "value END) FROM grads"
+    ),
+    "SELECT max(value > 1) FROM sample_losses WHERE value > 0.5",
+    "SELECT sum(CASE WHEN value > 1e9 THEN value ELSE 0 END) FROM grads WHERE value > 0",
+    (
+        "SELECT epoch, sum(CASE WHEN value > 1e9 THEN value ELSE 0 END) FILTER (WHERE value "
+        "> 0.5) FROM grads GROUP BY epoch ORDER BY 1"
+    ),
+    (
+        "SELECT step % 3 AS m, min(value) FILTER (WHERE value > 1.5), sum(value) FILTER "
+        "(WHERE value > 1.5), avg(value) FILTER (WHERE value > 1.5), bool_or(value > 2) "
+        "FILTER (WHERE value > 1.5) FROM sample_losses GROUP BY m ORDER BY m"
+    ),
+    (
+        "SELECT step % 3 AS m, sum(CASE WHEN tensor = 'none' THEN value ELSE 0 END), "
+        "sum(value) FILTER (WHERE tensor = 'none'), sum(CASE WHEN tensor = 'none' THEN "
+        "value ELSE 0 END) FILTER (WHERE value > 1e9) FROM grads GROUP BY m ORDER BY m"
+    ),
+    (
+        "SELECT epoch, sum(value) FILTER (WHERE sample = 999), count(*) FILTER (WHERE "
+        "sample = 999), sum(CASE WHEN sample = 999 THEN value ELSE 0 END) FROM "
+        "sample_losses GROUP BY epoch ORDER BY 1"
+    ),
+    "SELECT DISTINCT 1 FROM grads WHERE value > 1e9",
+    "SELECT count(try_cast(tensor AS INT)) FROM grads",
+    "SELECT step, sum(value) s FROM sample_losses WHERE step < 3 GROUP BY ROLLUP (step)",
+    (
+        "SELECT count(*) FROM (SELECT coalesce(value - lag(value) OVER (PARTITION BY "
+        "tensor, weight ORDER BY state), 0) AS d FROM weights) WHERE d >= 0"
+    ),
+    (
+        "WITH w AS (SELECT state, tensor, weight, value, lag(value) OVER (PARTITION BY "
+        "tensor, weight ORDER BY state) AS p FROM weights) SELECT sum(abs(p)) FROM w HAVING "
+        "count(*) > 490"
+    ),
+    (
+        "WITH w AS (SELECT state, tensor, weight, value, lag(value) OVER (PARTITION BY "
+        "tensor, weight ORDER BY state) AS p FROM weights) SELECT tensor, weight, max(p) "
+        "FROM w WHERE value > 0.99 GROUP BY tensor, weight"
+    ),
+    "SELECT value FROM sample_losses ORDER BY value DESC LIMIT 10%",
+    (
+        "SELECT a.step, a.sample, b.value FROM sample_losses a JOIN sample_losses b ON "
+        "a.step = b.step AND a.position = b.position AND a.epoch = b.step ORDER BY 1, 2"
+    ),
+    (
+        "SELECT g.step, avg(w.value * g.value) FROM grads g JOIN weights w ON g.step = "
+        "w.state AND g.tensor = w.tensor AND g.weight = w.weight AND g.step = w.weight "
+        "GROUP BY g.step ORDER BY 1"
+    ),
+    (
+        "SELECT tensor, mean(value), product(value), geomean(abs(value)), list(weight) FROM "
+        "weights WHERE state = 1 GROUP BY tensor ORDER BY 1"
+    ),
+)
+
 MORE = (
+    (
+        "SELECT sum(CASE WHEN value > 1e9 THEN value ELSE 0 END), avg(CASE WHEN value > 0 THEN "
+        "value END), avg(CASE WHEN value > 0 THEN value ELSE 0 END) FROM grads"
+    ),
+    (
+        "SELECT epoch, tensor, sum(abs(value)), count(*), avg(value) FROM grads GROUP BY epoch, "
+        "tensor"
+    ),
     (
         "SELECT tensor, weight, sum(abs(value)) p, sum(value) net FROM updates GROUP BY ALL "
         "ORDER BY p DESC LIMIT 4"
@@ -954,13 +1086,13 @@ def check(run, text, settings, everything):
     assert alike(found, wanted)
 
 
-@pytest.mark.parametrize("text", QUICK)
+@pytest.mark.parametrize("text", [*QUICK, *CORNERS])
 def test_a_statement_means_what_duckdb_makes_of_all_rows(run, settings, everything, text):
     check(run, text, settings, everything)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("text", [*MORE, *SMALL])
+@pytest.mark.parametrize("text", [*MORE, *MORE_CORNERS, *SMALL])
 def test_more_statements_mean_what_duckdb_makes_of_all_rows(run, settings, everything, text):
     check(run, text, settings, everything)
 
@@ -1054,6 +1186,8 @@ def test_extremes_hand_nan_on_and_rankings_put_it_first(diverged):
     assert math.isnan(
         diverged.sql("SELECT min(value) FROM (SELECT DISTINCT value FROM grads)").item()
     )
+    assert diverged.sql("SELECT count(*) FROM (SELECT DISTINCT value FROM grads) HAVING "
+                        "max(value) > 3").rows == []  # fmt: skip
     for order in ("", " DESC"):
         lowered = diverged.sql(f"SELECT value FROM grads ORDER BY value{order} LIMIT 3")
         assert "top_k" in lowered.attrs["plan"]
@@ -1061,6 +1195,23 @@ def test_extremes_hand_nan_on_and_rankings_put_it_first(diverged):
             f"SELECT value FROM (SELECT DISTINCT value FROM grads) ORDER BY 1{order}"
         )
         assert math.isnan(lowered.rows[0][0]) and math.isnan(rows.rows[0][0])
+
+
+@pytest.mark.parametrize("how", ["min", pytest.param("max", marks=pytest.mark.full)])
+def test_extremes_of_some_rows_hand_on_the_nan_of_those_rows(diverged, how):
+    rows = "(SELECT DISTINCT step, value FROM grads)"
+    first = diverged.sql(f"SELECT min(step) FROM {rows} WHERE isnan(value)").item()
+    for condition, spoiled in ((f"step < {first}", False), (f"step <= {first}", True)):
+        asked = f"SELECT {how}(value) FILTER (WHERE {condition}) FROM "
+        lowered, by_rows = (diverged.sql(asked + table) for table in ("grads", rows))
+        assert f"{how} over" in lowered.attrs["plan"] and f"{how} over" not in by_rows.attrs["plan"]
+        assert math.isnan(lowered.item()) == math.isnan(by_rows.item()) == spoiled
+        assert spoiled or lowered.item() == by_rows.item()
+    over = diverged.sql(
+        f"SELECT step, {how}(value) OVER (PARTITION BY step) AS m FROM {rows} ORDER BY step"
+    )
+    apart = {step: math.isnan(m) for step, m in over.rows}
+    assert apart[first] and not any(apart[step] for step in range(first))
 
 
 # ------------------------------------------------------------- parameters, names, limits, refusals
@@ -1122,6 +1273,8 @@ REFUSED = {
     "SELECT * FROM LABELS_OF_PYTHON": "there is no table 'LABELS_OF_PYTHON'",
     "SELECT count(*) FROM samples WHERE step = ?": "the parameter 1 has no value",
     "SELECT step, sum(value) FROM grads": "DuckDB refuses the statement",
+    "SELECT count(*) FROM samples USING SAMPLE 10": "rows are chosen at random",
+    "SELECT count(*) FROM samples TABLESAMPLE 10%": "rows are chosen at random",
 }
 
 LABELS_OF_PYTHON = LABELS
@@ -1211,6 +1364,24 @@ def test_explaining_replays_nothing(run, monkeypatch):
     assert "replay up to 24 steps" in told and "then DuckDB runs" in told
     log = run.explain_sql("SELECT step, loss FROM steps")
     assert "nothing is asked of a run but what its log tells" in log
+
+
+@pytest.mark.parametrize("name", ["cache", "index"])
+def test_what_is_explained_is_what_would_be_asked(run, monkeypatch, name):
+    given = {}
+    monkeypatch.setattr(type(run.asking), "explain", lambda *a, **o: given.update(o) or "")
+    run.explain_sql("SELECT max(value) FROM grads", **{name: False})
+    assert given == {name: False}
+
+
+def test_the_steps_of_all_replays_are_told(run):
+    chosen = "SELECT DISTINCT CASE WHEN value > 0 THEN 23 ELSE 0 END AS state FROM sample_losses"
+    first = run.sql(chosen)
+    assert first.rows == [(23,)]
+    second = run.sql("SELECT value FROM weights WHERE state = 23")
+    both = run.sql(f"SELECT value FROM weights JOIN ({chosen}) USING (state)")
+    assert both.rows == second.rows and second.attrs["steps"] > 0
+    assert both.attrs["steps"] == first.attrs["steps"] + second.attrs["steps"]
 
 
 # ------------------------------------------------------------------------------------- interchange

@@ -16,18 +16,19 @@ import pyarrow as pa
 from sqlglot import exp
 
 from replay.query.expressions import Expression
-from replay.query.nodes import Group, restrict
+from replay.query.nodes import Group
 from replay.query.sql.formulas import (
-    CONDITIONS,
     Unlowerable,
     affine,
     column,
     constant,
     exchanged,
+    holds,
     is_condition,
     leaf,
     leaves,
     literal,
+    never_null,
     only_leaf,
     replaced,
     repr_of,
@@ -122,8 +123,6 @@ class Aggregation:
                 raise Unlowerable(f"groups by {domain}")
         if "sample" in by and "sample" not in relation.dims:
             if not {"step", "position"} <= set(self._kept):
-                if "step" in self._kept and relation.walk == "step" and "position" in relation.dims:
-                    pass
                 labels = self._of_samples(by["sample"])
         over = [dim for dim in relation.dims if dim not in self._kept]
         if "position" in self._kept and {"step"} & set(over):
@@ -346,8 +345,6 @@ class Aggregation:
         if isinstance(call, exp.CountIf):
             conditions.append(call.this)
             call = exp.Count(this=exp.Star())
-        if isinstance(call, exp.Anonymous) and call.name.lower() == "mean":
-            call = exp.Avg(this=call.expressions[0])
         argument, otherwise = call.this, None
         if isinstance(call, exp.Sum | exp.Avg | exp.Min | exp.Max | exp.Count):
             otherwise, argument, zero = _condition_of(call, argument, self._from)
@@ -356,10 +353,15 @@ class Aggregation:
         relation = self._from
         for condition in conditions:
             relation = self._narrowed(relation, condition)
+        whole = relation  # rows that count as zero are rows
         if otherwise is not None and otherwise not in conditions:
             relation = self._narrowed(relation, otherwise)
         guarded = bool(conditions) or (self._from.mask is not None and not self.groups)
-        found, again = self._one(call, argument, relation, guarded)
+        guard = whole if guarded else None
+        if relation.empty:
+            found, again = self._of_nothing(call, guard if whole is not relation else relation)
+        else:
+            found, again = self._one(call, argument, relation, guard)
         self._merges[key] = again if again is not None else found
         if self.again and again is None:
             raise Unlowerable(f"{shown(call)} cannot be put together from parts")
@@ -382,13 +384,32 @@ class Aggregation:
             raise Unlowerable("a filter that leaves out steps of an epoch")
         return found
 
+    def _of_nothing(self, call: Any, guard: Dense | None) -> tuple[exp.Expr, exp.Expr]:
+        """Return what an aggregate is where its condition holds in no row."""
+        if isinstance(call, exp.Count):
+            return literal(0), literal(0)
+        if not isinstance(call, _NOTHING):
+            raise Unlowerable(f"{shown(call)} of no rows")
+        if not isinstance(call, exp.Sum) or (guard is not None and guard.empty):
+            return exp.null(), exp.null()
+        found = self._guard(_double(literal(0)), guard)
+        return found, exp.Sum(this=found.copy())
+
     def _one(
-        self, call: Any, argument: Any, relation: Dense, guarded: bool
+        self, call: Any, argument: Any, relation: Dense, guard: Dense | None
     ) -> tuple[exp.Expr, exp.Expr | None]:
+        """Return an aggregate, and how those of parts are put together.
+
+        Args:
+            call: the aggregate.
+            argument: of it, taken apart.
+            relation: the rows that it is of.
+            guard: the rows without which it is NULL; None where there always are some.
+        """
         if isinstance(call, exp.Count):
             if isinstance(argument, exp.Distinct):
                 raise Unlowerable("count(DISTINCT ...)")
-            if not isinstance(argument, exp.Star) and constant(argument) is None:
+            if argument is not None and not isinstance(argument, exp.Star):
                 self._never_null(relation, argument)
             count = self._rows(relation)
             return count, exp.Sum(this=count)
@@ -404,17 +425,20 @@ class Aggregation:
             return found, type(call)(this=found)
         if isinstance(call, exp.Sum) and constant(argument) is not None:
             count = exp.Mul(this=self._rows(relation), expression=argument.copy())
-            return self._guard(count, relation, guarded), exp.Sum(this=count)
+            found = self._guard(count, guard)
+            return found, exp.Sum(this=found.copy())
         hows: dict[Any, Any] = {
             exp.Sum: "sum", exp.Avg: "mean", exp.Min: "min", exp.Max: "max",
             exp.LogicalOr: "any", exp.LogicalAnd: "all",
         }  # fmt: skip
         how = hows.get(type(call))
         if how is None:
-            return self._statistic(call, argument, relation, guarded), None
+            if not isinstance(argument, exp.Expr):
+                raise Unlowerable(f"{shown(call)} has no counterpart on the device")
+            return self._statistic(call, argument, relation, guard), None
         condition = how in ("any", "all")
         argument = _without_cast(argument) if condition else argument
-        value = relation.expression(argument)
+        value = relation.condition(argument) if condition else relation.expression(argument)
         if not isinstance(value, Expression):
             raise Unlowerable("an aggregate of a constant")
         several = len(self._chain) > 1
@@ -422,13 +446,15 @@ class Aggregation:
             total = self._leaf(self._reduced(relation, value, "sum"))
             count = self._rows(relation)
             found = exp.Div(this=_double(total), expression=count)
-            again = exp.Div(this=exp.Sum(this=_double(total)), expression=exp.Sum(this=count))
-            return self._guard(exp.Paren(this=found), relation, guarded), exp.Paren(this=again)
-        found = self._leaf(self._reduced(relation, value, how))
+            counts = exp.Sum(this=count.copy())
+            again = exp.Div(this=exp.Sum(this=_double(total)), expression=counts)
+            again = again if guard is None else _where_some(counts, again)
+            return self._guard(exp.Paren(this=found), guard), exp.Paren(this=again)
+        found = self._guard(self._leaf(self._reduced(relation, value, how)), guard)
         merge = _AGAIN.get(how)
-        return self._guard(found, relation, guarded), merge(this=found) if merge else None
+        return found, merge(this=found.copy()) if merge else None
 
-    def _statistic(self, call, argument, relation, guarded) -> exp.Expr:
+    def _statistic(self, call, argument, relation, guard) -> exp.Expr:
         if relation.mask is not None or len(self._chain) > 1:
             raise Unlowerable(f"{shown(call)} of rows that are filtered or grouped twice")
         value = relation.expression(argument)
@@ -438,7 +464,7 @@ class Aggregation:
             found = self._reduced(relation, value, "var", ddof=ddofs[type(call)])
             if isinstance(call, exp.Stddev | exp.StddevPop | exp.StddevSamp):
                 found = found._map("sqrt", found)
-            return self._guard(self._leaf(found), relation, guarded)
+            return self._guard(self._leaf(found), guard)
         share = {exp.Median: exp.Literal.number(0.5)}.get(type(call)) or call.args.get("expression")
         if share is None and isinstance(call, exp.ApproxQuantile):
             share = call.args.get("quantile")
@@ -465,14 +491,13 @@ class Aggregation:
         self._values[name := leaf()] = value
         return column(name)
 
-    def _guard(self, formula: exp.Expr, relation: Dense, guarded: bool) -> exp.Expr:
-        """Return NULL where there are no rows."""
-        rows = self._rows(relation) if guarded else None
-        known = self._values[rows.name] if rows is not None else None
+    def _guard(self, formula: exp.Expr, relation: Dense | None) -> exp.Expr:
+        """Return NULL where a relation has no rows."""
+        rows = None if relation is None else self._rows(relation)
+        known = None if rows is None else self._values[rows.name]
         if rows is None or (isinstance(known, Counted) and (known.array > 0).all()):
             return formula
-        some = exp.GT(this=self._rows(relation), expression=exp.Literal.number(0))
-        return exp.Case(ifs=[exp.If(this=some, true=formula)])
+        return _where_some(rows, formula)
 
     def _reduced(self, relation: Dense, value: Expression, how: str, **settings: Any) -> Expression:
         """Reduce what stands in each row."""
@@ -485,7 +510,9 @@ class Aggregation:
                 value = value & mask
             elif how == "all":
                 value = value | ~mask
-            elif how == "sum" and _is_bool(value):
+            elif holds(value.plan):
+                if how != "sum":
+                    raise Unlowerable(f"{how} of conditions")
                 value = value & mask
             else:
                 blank = {"sum": 0.0, "min": math.inf, "max": -math.inf}.get(how)
@@ -512,7 +539,8 @@ class Aggregation:
 
     def _never_null(self, relation: Dense, argument: exp.Expr) -> None:
         names = leaves(argument)
-        if names & relation.missing or argument.find(exp.Case, exp.If, exp.Window):
+        placed = any(isinstance(relation.values.get(name), Places) for name in names)
+        if names & relation.missing or placed or not never_null(argument):
             raise Unlowerable("a count of what may be NULL")
         for name in names & set(relation.keys):
             given = relation.keys[name].column
@@ -521,8 +549,9 @@ class Aggregation:
 
     def _rows(self, relation: Dense) -> exp.Expr:
         """Return how many rows there are in each group."""
-        key = (relation.masks, tuple(len(x) for x in relation.entries.values()), relation.chosen
-               is None or relation.chosen.tobytes())  # fmt: skip
+        walked = relation.entries[relation.walk].tobytes() if relation.walk else b""
+        key = (relation.masks, tuple(len(x) for x in relation.entries.values()), walked,
+               relation.chosen is None or relation.chosen.tobytes())  # fmt: skip
         if key not in self._counts:
             if relation.mask is not None:
                 found: Any = self._number(relation)
@@ -540,17 +569,6 @@ class Aggregation:
             raise Unlowerable("a condition that is the same for many rows")
         bare = dataclasses.replace(relation, masks=())
         return self._reduced(bare, mask, "sum")
-
-    def _occurrences(self, relation: Dense) -> Expression:
-        samples = relation.home.samples
-        at = relation.entries["step"]
-        value = Expression(restrict(samples.plan, "step", at), samples.source) >= 0
-        value = relation.of_samples(value)
-        for group, over in self._chain:
-            mine = tuple(dim for dim in over if dim in value.dims)
-            if mine:
-                value = value._reduce("sum", mine, group)
-        return value
 
     def _counted(self, relation: Dense) -> Counted:
         """Count rows by what the log knows: occurrences first, then what each has of the rest."""
@@ -671,6 +689,10 @@ class Aggregation:
 
 
 WALKED = ("step", "state")
+# Aggregates that are NULL of no rows; some of DuckDB's are not.
+_NOTHING = (
+    exp.Sum, exp.Avg, exp.Min, exp.Max, exp.LogicalOr, exp.LogicalAnd, exp.ArgMax, exp.ArgMin,
+)  # fmt: skip
 
 
 def _ordered(dims: Sequence[str]) -> tuple[str, ...]:
@@ -693,8 +715,9 @@ def _window(codes: np.ndarray, steps: np.ndarray) -> int:
     return size if size > 1 and _same_parts(codes, steps // size) else 0
 
 
-def _is_bool(value: Expression) -> bool:
-    return getattr(value.plan, "function", "") in CONDITIONS
+def _where_some(count: exp.Expr, formula: exp.Expr) -> exp.Expr:
+    some = exp.GT(this=count.copy(), expression=exp.Literal.number(0))
+    return exp.Case(ifs=[exp.If(this=some, true=formula)])
 
 
 def _double(formula: exp.Expr) -> exp.Expr:
@@ -702,7 +725,10 @@ def _double(formula: exp.Expr) -> exp.Expr:
 
 
 def _without_cast(argument: exp.Expr) -> exp.Expr:
-    while isinstance(argument, exp.Cast | exp.Paren):
+    """Return a condition as it is; a number that is made one stays what it is."""
+    while isinstance(argument, exp.Paren) or (
+        isinstance(argument, exp.Cast) and is_condition(argument.this)
+    ):
         argument = argument.this
     return argument
 
@@ -734,7 +760,8 @@ def _condition_of(
         return condition, value, False
     if constant(other) == 0 and constant(value) == 1 and isinstance(call, exp.Sum | exp.Avg):
         if leaves(condition) & set(relation.values):
-            return None, condition, False
+            plain = is_condition(condition)
+            return None, condition if plain else exp.cast(condition.copy(), "boolean"), False
     if constant(other) == 0 and isinstance(call, exp.Sum):
         return condition, value, True
     return None, argument, False

@@ -14,7 +14,7 @@ import numpy as np
 from sqlglot import exp
 
 from replay.query.expressions import Expression
-from replay.query.nodes import Reduce
+from replay.query.nodes import Map, Reduce
 
 _numbers = itertools.count()
 
@@ -233,6 +233,32 @@ _BINARY = {
 }  # fmt: skip
 
 
+# Functions that are NULL where one of their arguments is.
+_STRICT = (
+    *(kind for kind in (*_UNARY, *_BINARY) if kind not in (exp.And, exp.Or)),
+    exp.Paren, exp.Between, exp.Cast, exp.Mod, exp.IntDiv, exp.Round,
+)  # fmt: skip
+
+
+def spoiling(formula: exp.Expr) -> list[exp.Expr]:
+    """Return the columns and windows of a formula that make it NULL where they are."""
+    if isinstance(formula, exp.Column | exp.Window):
+        return [formula]
+    if type(formula) not in _STRICT:
+        return []
+    return [x for child in formula.iter_expressions() for x in spoiling(child)]
+
+
+def never_null(formula: exp.Expr) -> bool:
+    """Whether a formula is NULL only where one of its leaves is."""
+    if isinstance(formula, exp.Column | exp.Literal | exp.Boolean):
+        return True
+    if type(formula) not in (exp.Paren, exp.Between, exp.Cast, *_UNARY, *_BINARY):
+        return False
+    parts = [x for x in formula.iter_expressions() if not isinstance(x, exp.DataType)]
+    return all(map(never_null, parts))
+
+
 class Formula:
     """Turns formulas into expressions of one relation."""
 
@@ -277,8 +303,16 @@ class Formula:
         for kinds, arity in ((_UNARY, 1), (_BINARY, 2)):
             if type(node) in kinds:
                 parts = [node.this, node.expression][:arity]
-                return self._map(kinds[type(node)], *map(self.of, parts))
+                each = self.condition if isinstance(node, exp.Connector | exp.Not) else self.of
+                return self._map(kinds[type(node)], *map(each, parts))
         raise Unlowerable(f"{node.sql('duckdb')} has no counterpart on the device")
+
+    def condition(self, node: exp.Expr) -> Any:
+        """Return what is true or false as an expression, or a constant; a number is true but 0."""
+        found = self.of(node)
+        if not isinstance(found, Expression):
+            return bool(found)
+        return found if holds(found.plan) else self._map("not_equal", found, 0)
 
     def _map(self, name: str, *arguments: Any) -> Any:
         if not any(isinstance(x, Expression) for x in arguments):
@@ -306,16 +340,31 @@ class Formula:
             raise Unlowerable("a CASE without ELSE, whose rows may be NULL, or one of values")
         found = self.of(last)
         for each in reversed(ifs):
-            found = self._map("where", self.of(each.this), self.of(each.args["true"]), found)
+            found = self._map("where", self.condition(each.this), self.of(each.args["true"]), found)
         return found
 
     def _cast(self, node: exp.Cast) -> Any:
-        kind, inner = node.to.this, self.of(node.this)
-        if kind in exp.DataType.FLOAT_TYPES or kind == exp.DType.BOOLEAN:
+        kind = node.to.this
+        if kind == exp.DType.BOOLEAN:
+            return self.condition(node.this)
+        inner = self.of(node.this)
+        if kind in exp.DataType.FLOAT_TYPES:
             return inner
         if kind in exp.DataType.INTEGER_TYPES and is_condition(node.this):
             return inner
         raise Unlowerable(f"a cast to {node.to.sql('duckdb')}")
+
+
+def holds(plan: Any) -> bool:
+    """Whether a plan, or a constant, tells what is true or false."""
+    if isinstance(plan, Map):
+        if plan.function == "where":
+            return all(map(holds, plan.arguments[1:]))
+        return plan.function in CONDITIONS
+    if isinstance(plan, Reduce):
+        return plan.how in ("any", "all") or (plan.how in ("min", "max") and holds(plan.child))
+    child = getattr(plan, "child", None)
+    return isinstance(plan, bool) if child is None else holds(child)
 
 
 def _counts(plan: Any) -> bool:

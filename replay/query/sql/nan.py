@@ -55,13 +55,19 @@ def with_our_nan(query: exp.Query, schema: dict[str, dict[str, str]]) -> exp.Que
                     terms = list(siblings.expressions)
                     place = next(i for i, x in enumerate(terms) if x is node)
                     siblings.set("expressions", [*terms[:place], first, *terms[place:]])
-        elif (
-            isinstance(node, exp.Min | exp.Max)
-            and real(node.this)
-            and not isinstance(node.parent, exp.Window | exp.Filter)
-        ):
+        elif isinstance(node, exp.Min | exp.Max) and real(node.this):
             if node.args.get("count") is None:
-                spoiled = exp.LogicalOr(this=nan(node.this)[0])
+                whole, kind = node, node.type  # with the rows that it is of
+                while isinstance(whole.parent, exp.Filter | exp.Window) and whole.arg_key == "this":
+                    whole = whole.parent
+                spoiled = whole.copy()
+                call = spoiled
+                while isinstance(call, exp.Filter | exp.Window):
+                    call = call.this
+                some = exp.LogicalOr(this=nan(node.this)[0])
+                spoiled = some if call is spoiled else (call.replace(some), spoiled)[1]
                 blank = exp.cast(exp.Literal.string("nan"), "double")
-                node.replace(exp.Case(ifs=[exp.If(this=spoiled, true=blank)], default=node.copy()))
+                new = exp.Case(ifs=[exp.If(this=spoiled, true=blank)], default=whole.copy())
+                new.type = kind
+                whole.replace(new)
     return query

@@ -325,7 +325,7 @@ class Dense:
 
     def condition(self, formula: exp.Expr) -> Expression:
         """Return a condition as an expression."""
-        found = self.expression(formula)
+        found = Formula(self).condition(formula)
         if not isinstance(found, Expression):
             raise Unlowerable(f"{formula.sql('duckdb')} is a constant")
         return found

@@ -26,8 +26,9 @@ from replay.query.sql.formulas import (
     of_table,
     only_leaf,
     replaced,
+    spoiling,
 )
-from replay.query.sql.relations import Dense, Key
+from replay.query.sql.relations import WALKS, Dense, Key
 
 _RANKS = (exp.RowNumber, exp.Rank, exp.DenseRank)
 
@@ -144,7 +145,7 @@ class Select:
             inner, within = source.this, None
         else:
             return False
-        if not isinstance(inner, exp.Select) or inner.args.get("limit") or inner.args.get("with_"):
+        if not isinstance(inner, exp.Select) or _chooses_rows(inner):
             return False
         formulas = {x.alias_or_name: x.unalias() for x in inner.expressions}
         wanted = {x.name for x in part.find_all(exp.Column)}
@@ -228,27 +229,39 @@ class Select:
 
     def _unwound(self, alias: str, relation: Dense, pool: Sequence[exp.Expr]) -> tuple[Dense, bool]:
         """Put neighbouring states in the place of windows, where rows without one drop out."""
+        windows = {
+            name for name, x in relation.columns.items()
+            if any(isinstance(y, exp.Window) for y in spoiling(x))
+        }  # fmt: skip
         strict = any(
-            _rejects_null(part, alias, {n for n, f in relation.columns.items()
-                                        if f.find(exp.Window)})
-            for part in pool
-        ) or self._strict_aggregates(alias, relation)  # fmt: skip
+            _rejects_null(part, alias, windows) for part in pool
+        ) or self._strict_aggregates(alias, relation, windows, pool)
         if not strict:
             raise Unlowerable("a window whose first row has no neighbour, and is asked for")
         found, changes = relation.neighbours(relation.windows)
         columns = {name: replaced(x, changes) for name, x in relation.columns.items()}
         return dataclasses.replace(found, columns=columns), True
 
-    def _strict_aggregates(self, alias: str, relation: Dense) -> bool:
-        windows = {name for name, x in relation.columns.items() if x.find(exp.Window)}
+    def _strict_aggregates(
+        self, alias: str, relation: Dense, windows: set[str], pool: Sequence[exp.Expr]
+    ) -> bool:
+        """Whether all that is asked leaves NULL out, and no group consists of it."""
         node = self._node
-        calls = [c for x in node.expressions for c in x.find_all(exp.AggFunc)]
-        if not calls:
-            return False
-        return all(
+        tail = [node.args[x] for x in ("having", "qualify", "order") if node.args.get(x)]
+        calls = [c for x in (*node.expressions, *tail) for c in x.find_all(exp.AggFunc)]
+        walks = {name for name, key in relation.keys.items() if key.domain in WALKS}
+        group = node.args.get("group")
+        columns = [] if group is None else list(group.find_all(exp.Column))
+        masked = any(leaves(self._resolve(x)) & set(relation.values) for x in pool)
+        if (
+            any(x.table != alias for x in columns)
+            or any(leaves(self._resolve(x)) & walks for x in columns)
+            or (group is not None and masked)
+        ):
+            return False  # a group may have the row without a neighbour alone
+        return bool(calls) and all(
             isinstance(c, exp.Sum | exp.Avg | exp.Min | exp.Max)
-            and any(x.table == alias and x.name in windows for x in c.find_all(exp.Column))
-            and not c.find(exp.Case, exp.If, exp.Coalesce)
+            and _reaches(c.this, alias, windows)
             for c in calls
         )
 
@@ -282,17 +295,21 @@ class Select:
             if sides is None:
                 rest.append(part)
             else:
-                pairs.append(sides)
-        for x, y in pairs:  # steps beside states, and states beside the next
+                pairs.append((*sides, part))
+        for x, y, _ in pairs:  # steps beside states, and states beside the next
             a, b = first.keys[x[0]], other.keys[y[0]]
             if not (a.is_number() and b.is_number()):
                 continue
             walks = {a.domain, b.domain}
             if walks == {"step", "state"} or (walks == {"state"} and x[1] != y[1]):
                 return self._beside(first, other, alias, pool, x, y)
-        same = {first.keys[x[0]].domain for x, y in pairs
-                if first.keys[x[0]].is_number(other.keys[y[0]].domain) and x[1] == y[1]
-                and other.keys[y[0]].is_number()}  # fmt: skip
+        same = set()
+        for x, y, part in pairs:
+            a, b = first.keys[x[0]], other.keys[y[0]]
+            if a.is_number(b.domain) and b.is_number() and x[1] == y[1]:
+                same.add(a.domain)
+            else:  # it holds in some of the rows that are put together
+                rest.append(part)
         for dim in ("tensor", "position", *other.dims):
             if dim in first.dims or (dim == "tensor" and "weight" in first.dims):
                 if dim not in other.dims and not (dim == "tensor" and "weight" in other.dims):
@@ -484,14 +501,19 @@ class Select:
         calls = [
             call for x in (*projections.values(), *tail.values()) for call in _calls(x)
         ]  # fmt: skip
-        if node.args.get("distinct") is not None and not calls and groups is None:
-            if node.args["distinct"].args.get("on") is None and not any(
+        distinct = node.args.get("distinct")
+        if distinct is not None and not calls and groups is None:
+            if distinct.args.get("on") is None and not any(
                 x.find(exp.Window) for x in projections.values()
             ):
                 groups = list(projections.values())
                 node.set("distinct", None)
         if calls or groups is not None:
-            return self._aggregated(relation, groups or [], calls, projections, tail)
+            try:
+                return self._aggregated(relation, groups or [], calls, projections, tail)
+            except Unlowerable:
+                node.set("distinct", distinct)
+                raise
         has_tail = any(
             node.args.get(x) for x in ("qualify", "order", "limit", "offset", "distinct")
         )
@@ -513,7 +535,7 @@ class Select:
         group = self._node.args.get("group")
         if group is None:
             return None
-        if any(group.args.get(x) for x in ("rollup", "cube", "grouping_sets", "totals")):
+        if _has_sets(group):
             raise Unlowerable("grouping sets")
         if group.args.get("all"):
             return [x for x in projections.values() if not _calls(x)]
@@ -611,7 +633,7 @@ class Select:
                 return self._ranked(relation, tail["qualify"].this)
             limit = node.args.get("limit")
             if (
-                limit is None or node.args.get("distinct") is not None
+                limit is None or _is_share(limit) or node.args.get("distinct") is not None
                 or any(x.find(exp.Window) for x in projections.values())
             ):  # fmt: skip
                 return relation, {}
@@ -794,6 +816,22 @@ class Select:
         return node
 
 
+def _chooses_rows(inner: exp.Select) -> bool:
+    """Whether a condition means something else within a subquery than outside of it."""
+    group = inner.args.get("group")
+    return (
+        any(inner.args.get(x) for x in ("limit", "offset", "with_"))
+        or (group is not None and _has_sets(group))
+        or (group is None and inner.args.get("having") is not None)
+    )
+
+
+def _has_sets(group: exp.Expr) -> bool:
+    """Whether rows are grouped several times over."""
+    named = any(group.args.get(x) for x in ("rollup", "cube", "grouping_sets", "totals"))
+    return named or group.find(exp.Rollup, exp.Cube, exp.GroupingSets) is not None
+
+
 def _is_inner(join: exp.Join) -> bool:
     return join.side == "" and join.kind.upper() in ("", "INNER", "CROSS") and not join.method
 
@@ -813,9 +851,6 @@ def _calls(formula: exp.Expr) -> list[exp.Expr]:
                     visit(child)
             return
         if isinstance(node, exp.Filter) or isinstance(node, exp.AggFunc):
-            found.append(node)
-            return
-        if isinstance(node, exp.Anonymous) and node.name.lower() in ("mean", "list", "product"):
             found.append(node)
             return
         for child in node.iter_expressions():
@@ -850,14 +885,14 @@ def _rejects_null(part: exp.Expr, alias: str, windows: set[str]) -> bool:
     """Whether a condition does not hold where a neighbour is missing."""
     if isinstance(part, exp.Not) and isinstance(part.this, exp.Is):
         inner = part.this
-        return isinstance(inner.expression, exp.Null) and _rejects_null(
-            exp.EQ(this=inner.this, expression=exp.Literal.number(0)), alias, windows
-        )
-    if not isinstance(part, exp.Binary | exp.Between) or isinstance(part, exp.Or | exp.Is):
-        return False
-    if part.find(exp.Case, exp.If, exp.Coalesce, exp.Or, exp.Is, exp.NullSafeEQ, exp.NullSafeNEQ):
-        return False
-    return any(x.table == alias and x.name in windows for x in part.find_all(exp.Column))
+        return isinstance(inner.expression, exp.Null) and _reaches(inner.this, alias, windows)
+    return _reaches(part, alias, windows)
+
+
+def _reaches(formula: exp.Expr, alias: str, windows: set[str]) -> bool:
+    """Whether a formula is NULL where a neighbour is missing."""
+    columns = [x for x in spoiling(formula) if isinstance(x, exp.Column)]
+    return any(x.table == alias and x.name in windows for x in columns)
 
 
 def _correlated(query: exp.Expr) -> bool:
@@ -865,6 +900,11 @@ def _correlated(query: exp.Expr) -> bool:
     own = {x.alias_or_name for x in query.find_all(exp.Table, exp.Subquery, exp.CTE)}
     own |= {x.name for x in query.find_all(exp.TableAlias)}
     return any(x.table and x.table not in own for x in query.find_all(exp.Column))
+
+
+def _is_share(limit: exp.Expr) -> bool:
+    """Whether a limit is no number of rows: a percentage, or one that keeps ties."""
+    return limit.args.get("limit_options") is not None
 
 
 def _smallest(query: Any) -> Any:
@@ -875,7 +915,7 @@ def _smallest(query: Any) -> Any:
     order, limit = inner.args.get("order"), inner.args.get("limit")
     chosen = inner.expressions[0].unalias()
     if (
-        order is None or limit is None or constant(limit.expression) != 1
+        order is None or limit is None or _is_share(limit) or constant(limit.expression) != 1
         or len(order.expressions) != 1 or inner.args.get("offset") or inner.args.get("group")
         or inner.args.get("having") or inner.args.get("qualify") or chosen.find(exp.AggFunc)
     ):  # fmt: skip

@@ -1,8 +1,8 @@
 """SQL in DuckDB's dialect about recorded runs: names, limits, and the database that runs the rest.
 
 Statements are parsed and qualified by sqlglot, what reads runs is lowered to expressions
-(`replay.query.lowering`) and answered in one replay, and DuckDB runs what is left over the small
-results, through Arrow. It is locked: it reads no file, and knows no table but those.
+(`replay.query.sql.lowering`) and answered in one replay, and DuckDB runs what is left over the
+small results, through Arrow. It is locked: it reads no file, and knows no table but those.
 """
 
 import functools
@@ -33,6 +33,7 @@ LIMIT = 1_000_000
 _TABLES = tuple(name for name in QUANTITIES if name not in ("activations", "column"))
 _ELSEWHERE = ("sample_losses", "sample_grads")
 _FUNCTIONS = ("range", "generate_series", "unnest")
+_TOLD = ("memory", "strategy", "cache", "index")  # options on which the cost depends
 _WRITES = (exp.DDL, exp.Insert, exp.Update, exp.Delete, exp.Command, exp.Into)
 
 
@@ -114,7 +115,7 @@ class Session:
             QueryError: it is none, is no query, or names what does not exist.
         """
         node = _parsed(text)
-        node = _bound(node, parameters)
+        node = _with_aggregates(_bound(node, parameters))
         self._named(node)
         try:
             qualified = qualify(
@@ -348,9 +349,9 @@ class Session:
 
     def _note(self, found: Sequence[Any]) -> None:
         attrs = self.attrs
+        attrs["steps"] += max(int(result.attrs["steps"]) for result in found)  # all in one replay
         for result in found:
             attrs["plan"].append(result.attrs["plan"])
-            attrs["steps"] = max(attrs["steps"], int(result.attrs["steps"]))
             if "rule" in result.attrs:
                 attrs["rule"] = result.attrs["rule"]
             grade = result.attrs["grade"]
@@ -417,7 +418,7 @@ def explain(session: Session, text: str, parameters: Any = None) -> str:
         source = expressions[0].source
         for each in expressions[1:]:
             source = source if source is each.source else source.joint(each.source)
-        options = {x: y for x, y in session.options.items() if x in ("memory", "strategy")}
+        options = {x: y for x, y in session.options.items() if x in _TOLD}
         lines.append(source.explain(*expressions, **options))
     else:
         lines.append("nothing is asked of a run but what its log tells")
@@ -484,6 +485,12 @@ def _parsed(text: str) -> exp.Query:
             why="a run is read, and never changed; so is everything else",
             fix="SELECT ..., or WITH ... SELECT ...",
         )
+    if node.find(exp.TableSample):
+        raise QueryError(
+            "rows are chosen at random",
+            why="a statement has the same answer whenever it is asked",
+            fix="WHERE sample % 10 = 0, for instance",
+        )
     return node
 
 
@@ -538,6 +545,28 @@ def _written(text: str, names: Sequence[str]) -> list[str]:
         for old, new, x in zip(names, found, plain, strict=False)
     ]  # fmt: skip
     return own if len(plain) == len(names) else list(names)
+
+
+def _with_aggregates(node: exp.Query) -> exp.Query:
+    """Tell the aggregates of DuckDB that sqlglot does not know from functions of a row."""
+    for call in list(node.find_all(exp.Anonymous)):
+        name = call.name.lower()
+        if name == "mean" and len(call.expressions) == 1:
+            call.replace(exp.Avg(this=call.expressions[0]))
+        elif name in _aggregates():
+            call.replace(exp.AnonymousAggFunc(this=name, expressions=call.expressions))
+    return node
+
+
+@functools.cache
+def _aggregates() -> frozenset[str]:
+    """Return the names of aggregates, and of macros that are made of them."""
+    with _database() as database:
+        found = database.sql(
+            "SELECT function_name FROM duckdb_functions() WHERE function_type = 'aggregate'"
+        ).fetchall()
+    macros = ("geomean", "geometric_mean", "wavg", "weighted_avg")
+    return frozenset((*(name for (name,) in found), *macros))
 
 
 def _line(text: str, name: Any) -> str:

@@ -1077,11 +1077,16 @@ def alike(found, wanted):
     return found == wanted
 
 
+def in_order(row):
+    """Sort by what is no float first: of floats that are nearly equal either may come first."""
+    floats = [(math.isnan(x), x) for x in row if isinstance(x, float)]
+    return [str(x) for x in row if not isinstance(x, float)], floats
+
+
 def check(run, text, settings, everything):
     found = run.sql(text, **settings).rows
     wanted = of_all_rows(run, text, settings, everything)
     if "ORDER BY" not in text.rpartition(")")[2]:
-        in_order = lambda row: [str(x) for x in row if not isinstance(x, float)]  # noqa: E731
         found, wanted = sorted(found, key=in_order), sorted(wanted, key=in_order)
     assert alike(found, wanted)
 

@@ -123,12 +123,6 @@ def reach(
     )
 
 
-def can_reach(first: np.ndarray, last: np.ndarray, length: np.ndarray, value: float) -> np.ndarray:
-    """Tell whether weights can have had a value in a segment; false is proved, true is not."""
-    low, high = reach(first, last, length)
-    return (low <= value) & (value <= high)
-
-
 def larger(
     counts: np.ndarray, total: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

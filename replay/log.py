@@ -323,7 +323,7 @@ class Log:
 
     @functools.cached_property
     def identity(self) -> str:
-        """A digest of all that was known when the run started; no two runs have the same."""
+        """A digest of all that was known when the run started: the same for copies of one run."""
         return sha256(repr(self._payload).encode())
 
     @functools.cached_property

@@ -12,7 +12,7 @@ import reprlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,7 +43,8 @@ class _NoSuchStep(OrderError, IndexError):
 class _Bound:
     """An order over known data; `rows` maps any steps to fresh arrays that the caller may change.
 
-    Epoch e owns the steps from starts[e] to starts[e + 1] - 1.
+    Epoch e owns the steps from starts[e] to starts[e + 1] - 1. An edit leaves the steps before
+    `since` as they are.
     """
 
     samples: int
@@ -51,6 +52,12 @@ class _Bound:
     pad: bool
     starts: _Steps
     rows: Callable[[_Steps], Batches]
+    since: int = 0
+
+    @functools.cached_property
+    def fixed(self) -> _Steps:
+        """How many steps at the beginning of each epoch come before `since`."""
+        return np.clip(self.since - self.starts[:-1], 0, np.diff(self.starts))
 
     def whole(self, epoch: int) -> Batches:
         return self.rows(np.arange(self.starts[epoch], self.starts[epoch + 1]))
@@ -68,6 +75,25 @@ class _Bound:
                 fix=f"pass {noun}s that exist, and bind the order to the data it was made for",
             )
 
+    def check_steps(self, name: str, steps: ArrayLike) -> None:
+        self.check(name, "step", steps)
+        early = np.unique(np.asarray(steps)[np.asarray(steps) < self.since])
+        if early.size:
+            self.refuse(f"{name}: step {_shown(early)} comes", early[0])
+
+    def check_epoch(self, name: str, epoch: int) -> None:
+        self.check(name, "epoch", epoch)
+        start, stop = self.starts[epoch : epoch + 2].tolist()
+        if start < self.since and stop <= self.since:
+            self.refuse(f"{name}: epoch {epoch}, steps {start} to {stop - 1}, comes", start)
+
+    def refuse(self, what: str, first: int) -> NoReturn:
+        raise OrderError(
+            f"{what} before step {self.since}, since which this order is edited",
+            why="all batches before that step stay as they are; a fork shares them with its parent",
+            fix=f"edit what comes later, or begin earlier: order.since({first}), a fork at={first}",
+        )
+
 
 # ------------------------------------------------------------------------------------ batches
 
@@ -77,8 +103,8 @@ def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int32]:
     return np.random.Generator(np.random.Philox(key=key)).permutation(count).astype(np.int32)
 
 
-def _count_steps(samples: Any, batch_size: int, pad: bool) -> _Steps:
-    steps = np.asarray(-(-samples // batch_size) if pad else samples // batch_size)
+def _count_steps(samples: Any, batch_size: int, pad: bool, fixed: Any = 0) -> _Steps:
+    steps = np.asarray(fixed + (-(-samples // batch_size) if pad else samples // batch_size))
     if not steps.any():
         raise OrderError(
             f"{np.max(samples)} samples in an epoch do not fill one batch of {batch_size}",
@@ -152,8 +178,19 @@ def _explicit(samples: int, batch_size: int, ids: NDArray[np.int32]) -> _Bound:
     return bound
 
 
+def _since(below: _Bound, step: int) -> _Bound:
+    count = below.starts[-1]
+    if step > count:
+        raise OrderError(
+            f"since: there is no step {step}",
+            why=f"at this point the order has {count} steps, so edits begin at 0 to {count}",
+            fix="begin earlier, and bind the order to the data it was made for",
+        )
+    return dataclasses.replace(below, since=step)
+
+
 def _swap(below: _Bound, a: int, b: int) -> _Bound:
-    below.check("swap", "step", [a, b])
+    below.check_steps("swap", [a, b])
 
     def rows(steps: _Steps) -> Batches:
         return below.rows(np.where(steps == a, b, np.where(steps == b, a, steps)))
@@ -163,74 +200,108 @@ def _swap(below: _Bound, a: int, b: int) -> _Bound:
 
 def _drop(below: _Bound, dropped: NDArray[np.int32], refill: bool) -> _Bound:
     below.check("drop", "sample", dropped)
+    since, fixed = below.since, below.fixed
     gone, seen = np.zeros((2, below.samples + 1), bool)
     gone[dropped] = gone[_PADDING] = True
-    kept = np.zeros(len(below.starts) - 1, np.int64)
-    for epoch in range(len(kept)):
-        ids = below.whole(epoch).ids
+    kept = np.zeros(len(fixed), np.int64)
+    first = int(np.searchsorted(below.starts, since, side="right")) - 1
+    for epoch in range(first, len(kept)):
+        ids = below.whole(epoch).ids[fixed[epoch] :]
         seen[ids] = True
         kept[epoch] = np.count_nonzero(~gone[ids])
         if not refill and seen[dropped].all():
             break
     if not seen[dropped].all():
         raise OrderError(
-            f"drop: no batch has samples {_shown(dropped[~seen[dropped]])}",
+            f"drop: no batch {f'from step {since} on ' if since else ''}has samples "
+            f"{_shown(dropped[~seen[dropped]])}",
             why=f"at this point {np.count_nonzero(seen[:-1])} of {below.samples} samples are in "
-            "the order: earlier edits, or a last short batch, leave out the others",
-            fix="drop samples that occur: np.unique(order[:])",
+            f"{'those batches' if since else 'the order'}: earlier edits, or a last short batch, "
+            "leave out the others",
+            fix=f"drop samples that occur: np.unique(order[{since or ''}:])",
         )
     if not refill:
 
         def rows(steps: _Steps) -> Batches:
             batches = below.rows(steps)
-            batches.weights[gone[batches.ids]] = 0
+            batches.weights[gone[batches.ids] & (steps >= since)[:, None]] = 0
             return batches
 
         return dataclasses.replace(below, rows=rows)
 
     def make(epoch: int) -> Batches:
         ids, weights = below.whole(epoch)
-        keep = ~gone[ids]
-        return _chopped(ids[keep], weights[keep], below.batch_size, below.pad)
+        stay = fixed[epoch]
+        keep = ~gone[ids[stay:]]
+        moved = _chopped(ids[stay:][keep], weights[stay:][keep], below.batch_size, below.pad)
+        return Batches(
+            np.concatenate([ids[:stay], moved.ids]),
+            np.concatenate([weights[:stay], moved.weights]),
+        )
 
-    steps_kept = _count_steps(kept, below.batch_size, below.pad)
+    def part(e: int, steps: _Steps) -> Batches:
+        return below.rows(steps) if e < first else _made(make, e).at(steps - starts[e])
+
+    steps_kept = _count_steps(kept, below.batch_size, below.pad, fixed)
     starts = np.concatenate([[0], np.cumsum(steps_kept)])
-    closed_up = _by_epoch(
-        starts, below.batch_size, lambda e, steps: _made(make, e).at(steps - starts[e])
-    )
-    return dataclasses.replace(below, starts=starts, rows=closed_up)
+    return dataclasses.replace(below, starts=starts, rows=_by_epoch(starts, below.batch_size, part))
 
 
 def _rearranged(
-    below: _Bound, name: str, epoch: int, arrangement: Callable[[int], NDArray[Any]]
+    below: _Bound,
+    name: str,
+    epoch: int | None,
+    arrangement: Callable[[int, NDArray[np.int32]], NDArray[Any]],
 ) -> _Bound:
-    below.check(name, "epoch", epoch)
+    if epoch is not None:
+        below.check_epoch(name, epoch)
 
     def make(epoch: int) -> Batches:
         batches = below.whole(epoch)
         real = np.flatnonzero(batches.ids != _PADDING)
-        source = real[arrangement(len(real))]
+        real = real[real >= below.fixed[epoch] * below.batch_size]
+        source = real[arrangement(epoch, batches.ids.reshape(-1)[real])]
         for array in batches:
             array.reshape(-1)[real] = array.reshape(-1)[source]
         return batches
 
     def part(e: int, steps: _Steps) -> Batches:
-        return _made(make, e).at(steps - below.starts[e]) if e == epoch else below.rows(steps)
+        changed = epoch in (None, e) and below.starts[e + 1] > below.since
+        return _made(make, e).at(steps - below.starts[e]) if changed else below.rows(steps)
 
     return dataclasses.replace(below, rows=_by_epoch(below.starts, below.batch_size, part))
 
 
-def _reversed(below: _Bound, epoch: int) -> _Bound:
-    return _rearranged(below, "reversed", epoch, lambda count: np.arange(count)[::-1])
+def _reversed(below: _Bound, epoch: int | None) -> _Bound:
+    return _rearranged(below, "reversed", epoch, lambda _, ids: np.arange(len(ids))[::-1])
 
 
-def _shuffled_again(below: _Bound, epoch: int, seed: int) -> _Bound:
-    arrangement = functools.partial(_permutation, seed, epoch)
+def _shuffled_again(below: _Bound, epoch: int | None, seed: int) -> _Bound:
+    def arrangement(epoch: int, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        return _permutation(seed, epoch, len(ids))
+
     return _rearranged(below, "shuffled_again", epoch, arrangement)
 
 
+def _sorted_by(
+    below: _Bound, ranks: NDArray[np.int32], epoch: int | None, descending: bool
+) -> _Bound:
+    if len(ranks) != below.samples:
+        raise OrderError(
+            f"sorted_by: there are {len(ranks)} scores",
+            why=f"the order is over {below.samples} samples, and each of them needs one",
+            fix="pass real numbers of shape [samples], as the data counts them",
+        )
+    by = ranks.astype(np.int64) * (-1 if descending else 1)  # int32 has a value without opposite
+
+    def arrangement(_: int, ids: NDArray[np.int32]) -> NDArray[Any]:
+        return np.argsort(by[ids], kind="stable")
+
+    return _rearranged(below, "sorted_by", epoch, arrangement)
+
+
 def _replaced(below: _Bound, replaced: _Steps, ids: NDArray[np.int32]) -> _Bound:
-    below.check("replaced", "step", replaced)
+    below.check_steps("replaced", replaced)
     below.check("replaced", "sample", ids)
     table = _as_rows(ids, below.batch_size, len(replaced), "replaced")
     replaced, kept = np.unique(replaced, return_index=True)
@@ -250,6 +321,7 @@ def _replaced(below: _Bound, replaced: _Steps, ids: NDArray[np.int32]) -> _Bound
 
 # A spec may come from anyone, so what sizes an array is bounded here, before the array is made.
 _COUNT, _INDEX, _SEED = range(1, 2**24 + 1), range(2**63), range(2**64)
+_OR_NONE = (_INDEX, None)
 _BASES: dict[str, tuple[Callable[..., _Bound], dict[str, Any]]] = {
     "shuffled": (
         _shuffled,
@@ -259,14 +331,21 @@ _BASES: dict[str, tuple[Callable[..., _Bound], dict[str, Any]]] = {
     "explicit": (_explicit, {"batch_size": _COUNT, "ids": "<i4"}),
 }
 _EDITS: dict[str, tuple[Callable[..., _Bound], dict[str, Any]]] = {
+    "since": (_since, {"step": _INDEX}),
     "swap": (_swap, {"a": _INDEX, "b": _INDEX}),
     "drop": (_drop, {"samples": "<i4", "refill": bool}),
-    "reversed": (_reversed, {"epoch": _INDEX}),
-    "shuffled_again": (_shuffled_again, {"epoch": _INDEX, "seed": _SEED}),
+    "reversed": (_reversed, {"epoch": _OR_NONE}),
+    "shuffled_again": (_shuffled_again, {"epoch": _OR_NONE, "seed": _SEED}),
+    "sorted_by": (_sorted_by, {"ranks": "<i4", "epoch": _OR_NONE, "descending": bool}),
     "replaced": (_replaced, {"steps": "<i8", "ids": "<i4"}),
 }
 _OPS = _BASES | _EDITS
-_UNSHOWN = {"pad": False, "refill": True}  # as they are by default
+_OPTIONS: dict[str, dict[str, Any]] = {  # with their defaults, which are not shown
+    "shuffled": {"pad": False},
+    "sequential": {"pad": False},
+    "drop": {"refill": True},
+    "sorted_by": {"epoch": None, "descending": False},
+}
 
 
 def _op(name: str, *values: Any) -> tuple[Any, ...]:
@@ -279,11 +358,13 @@ def _op(name: str, *values: Any) -> tuple[Any, ...]:
         )
     op: list[Any] = [name]
     for (key, allowed), value in zip(fields.items(), values, strict=True):
-        if isinstance(allowed, range):
+        optional = allowed is _OR_NONE
+        bounds = _INDEX if optional else allowed
+        if isinstance(bounds, range):
             with contextlib.suppress(TypeError):
                 value = value if isinstance(value, bool) else operator.index(value)
-            fits = type(value) is int and value in allowed
-            wanted = f"an integer from {allowed[0]} to {allowed[-1]}"
+            fits = type(value) is int and value in bounds or optional and value is None
+            wanted = f"an integer from {bounds[0]} to {bounds[-1]}{', or None' * optional}"
         elif allowed is bool:
             fits, wanted = type(value) is bool, "True or False"
         else:
@@ -336,6 +417,27 @@ def _integers(values: Any, dtype: str, name: str, shape: str = "") -> NDArray[An
     return array.astype(dtype)
 
 
+def _ranks(scores: Any) -> NDArray[np.int32]:
+    try:
+        array = np.asarray(scores)
+    except ValueError:  # rows of unequal length
+        array = np.array("ragged")
+    if array.ndim != 1 or not np.can_cast(array.dtype, np.longdouble):
+        raise OrderError(
+            f"sorted_by: scores cannot be {reprlib.repr(scores)}",
+            why="they are real numbers of shape [samples]",
+            fix="pass one score for each sample, such as its loss",
+        )
+    unordered = np.flatnonzero(np.isnan(array))
+    if unordered.size:
+        raise OrderError(
+            f"sorted_by: the scores of samples {_shown(unordered)} are NaN",
+            why="NaN is neither before nor after another score",
+            fix="np.where(np.isnan(scores), np.inf, scores) puts them last",
+        )
+    return np.unique(array, return_inverse=True)[1].astype("<i4")
+
+
 def _as_rows(ids: NDArray[Any], batch_size: int, rows: int, name: str) -> NDArray[Any]:
     if not rows or ids.size != rows * batch_size:
         raise OrderError(
@@ -355,6 +457,7 @@ class Order:
 
     Make one with `shuffled`, `sequential` or `explicit`, bind it to the number of samples, and
     change it with edits; each gives a new order, and counts steps as the order below has them.
+    Edits that follow `since(t)` leave all batches before step t as they are.
     Two orders are equal when their specs are, bound or not. What does not fit raises
     `OrderError`: an edit of a bound order when it is made, of an unbound one in `bind`.
 
@@ -416,7 +519,7 @@ class Order:
                 )
         return cls(tuple(_op(*op) for op in spec))
 
-    def spec(self) -> list[list[str | int | bool | bytes]]:
+    def spec(self) -> list[list[str | int | bool | bytes | None]]:
         """Return the base and the edits as plain values; arrays are little-endian bytes.
 
         The number of samples is not among them: that is a fact about the data.
@@ -426,7 +529,8 @@ class Order:
     def bind(self, samples: int) -> "Order":
         """Return this order over samples 0 to `samples` - 1, all its edits checked.
 
-        A `drop` looks at every epoch, which takes one permutation of the samples for each.
+        A `drop` looks at every epoch that it may change, which takes one permutation of the
+        samples for each.
         """
         if self._bound is not None and self._bound.samples == samples:
             return self
@@ -443,8 +547,23 @@ class Order:
 
     # Edits
 
+    def since(self, step: int) -> "Order":
+        """Let the edits that follow touch only occurrences in steps from `step` on.
+
+        Earlier batches stay as they are, also those of an epoch that an edit changes in part. This
+        changes no batch itself. A later `since` takes its place, and `since(0)` lifts it.
+
+        >>> Order.sequential(2, epochs=2).since(1).reversed(0).bind(6)[:].tolist()
+        [[0, 1], [5, 4], [3, 2], [0, 1], [2, 3], [4, 5]]
+        """
+        return self._edited("since", step)
+
     def swap(self, a: int, b: int) -> "Order":
-        """Exchange the batches of steps `a` and `b`."""
+        """Exchange the batches of steps `a` and `b`.
+
+        >>> Order.sequential(2).swap(0, 2).bind(6)[:].tolist()
+        [[4, 5], [2, 3], [0, 1]]
+        """
         return self._edited("swap", a, b)
 
     def drop(self, samples: ArrayLike, *, refill: bool = True) -> "Order":
@@ -456,22 +575,60 @@ class Order:
 
         >>> Order.sequential(2).drop([1]).bind(5)[:].tolist()
         [[0, 2]]
+        >>> Order.sequential(2).since(1).drop([3]).bind(7)[:].tolist()
+        [[0, 1], [2, 4]]
         """
         dropped = np.unique(_integers(samples, "<i4", "drop: samples"))
         return self._edited("drop", dropped.tobytes(), refill)
 
-    def reversed(self, epoch: int) -> "Order":
-        """Turn the sequence of occurrences of one epoch around; padding stays where it is."""
+    def reversed(self, epoch: int | None) -> "Order":
+        """Turn the sequence of occurrences of one epoch around, or with None of every epoch.
+
+        Padding stays where it is, and after `since` so does what comes before that step.
+
+        >>> Order.sequential(2, epochs=2, pad=True).reversed(None).bind(3)[:].tolist()
+        [[2, 1], [0, -1], [2, 1], [0, -1]]
+        """
         return self._edited("reversed", epoch)
 
-    def shuffled_again(self, epoch: int, seed: int) -> "Order":
-        """Permute the occurrences of one epoch by Philox(key=[seed, epoch]); padding stays."""
+    def shuffled_again(self, epoch: int | None, seed: int) -> "Order":
+        """Permute the occurrences of one epoch, or with None those of every epoch.
+
+        Epoch e takes `Generator(Philox(key=[seed, e])).permutation(count)` of its `count`
+        occurrences. Padding stays where it is, and after `since` so does what comes before that
+        step: `order.since(t).shuffled_again(None, seed)` is another order of all that is left.
+
+        >>> Order.sequential(3, epochs=2).shuffled_again(None, seed=7).bind(3)[:].tolist()
+        [[1, 2, 0], [0, 2, 1]]
+        """
         return self._edited("shuffled_again", epoch, seed)
+
+    def sorted_by(
+        self, scores: ArrayLike, *, epoch: int | None = None, descending: bool = False
+    ) -> "Order":
+        """Arrange the occurrences of every epoch by the score of their sample: a curriculum.
+
+        Easy samples come first where the score is a loss. Equal scores keep their sequence, also
+        in descending order. Padding stays where it is, and after `since` so does what comes
+        before that step. Only the ranks of the scores are kept.
+
+        Args:
+            scores: real numbers [samples], finite or infinite.
+            epoch: the only one to arrange.
+            descending: whether the highest score comes first.
+
+        Raises:
+            OrderError: a score is NaN, or there is not one for each sample.
+
+        >>> Order.sequential(2).sorted_by([0.5, 0.1, float("inf"), 0.1]).bind(4)[:].tolist()
+        [[1, 3], [0, 2]]
+        """
+        return self._edited("sorted_by", _ranks(scores).tobytes(), epoch, descending)
 
     def replaced(self, ids: Mapping[int, ArrayLike] | ArrayLike) -> "Order":
         """Give steps other batches, of weight 1: {step: integers [batch]}, or [steps, batch].
 
-        The rows of an array are for steps 0, 1, 2, …
+        The rows of an array are for steps 0, 1, 2, …, or after `since(t)` for t, t + 1, t + 2, …
 
         >>> Order.sequential(2).replaced({1: [0, 0]}).bind(4)[:].tolist()
         [[0, 1], [0, 0]]
@@ -479,7 +636,8 @@ class Order:
         rows = list(ids.values()) if isinstance(ids, Mapping) else ids
         table = _integers(rows, "<i4", "replaced: ids", "steps batch")
         _as_rows(table, self.batch_size, len(table), "replaced")
-        keys = list(ids) if isinstance(ids, Mapping) else np.arange(len(table))
+        since = next((op[1] for op in self.ops[::-1] if op[0] == "since"), 0)
+        keys = list(ids) if isinstance(ids, Mapping) else since + np.arange(len(table))
         steps = _integers(keys, "<i8", "replaced: steps", "steps")
         by_step = np.argsort(steps)
         return self._edited("replaced", steps[by_step].tobytes(), table[by_step].tobytes())
@@ -572,10 +730,11 @@ class Order:
     def __repr__(self) -> str:
         chain = ["Order"]
         for op in self.ops:
+            options = _OPTIONS.get(op[0], {})
             shown = [
-                f"{key}={_shown(value)}" if op[0] in _BASES or key in _UNSHOWN else _shown(value)
+                f"{key}={_shown(value)}" if op[0] in _BASES or key in options else _shown(value)
                 for key, value in _values(op).items()
-                if key not in _UNSHOWN or value is not _UNSHOWN[key]
+                if key not in options or value is not options[key]
             ]
             chain.append(f"{op[0]}({', '.join(shown)})")
         known = self._bound and f"{self._bound.samples} samples, {len(self)} steps"

@@ -222,38 +222,6 @@ def trace(
         _same_form(state_leaves, after)
         return lower(after)
 
-    def step(*raw):
-        """Return the state after a step, and its losses, aux and gradients.
-
-        The barrier keeps the two halves apart: what `update` is given, and what is returned as
-        the gradients, are the same numbers in memory, however the compiler fuses.
-        """
-        state = raw[:count]
-        results = jax.lax.optimization_barrier(gradient(*raw))
-        to_grads = 1 + len(trees["aux"][0])
-        to_carry = to_grads + len(trees["grads"][0])
-        reported, carry = results[:to_carry], results[to_carry:]
-        return [*update(*state, *carry, *reported[to_grads:], reported[0]), *reported]
-
-    def block_of_steps(*raw):
-        state, (key_data, start, first, stop, *staged) = raw[:count], raw[count:]
-        empty = [jnp.zeros(x.shape, x.dtype) for x in signature.results("block")[count:]]
-        stacks, grads = empty[: 1 + len(signature.aux)], empty[1 + len(signature.aux) :]
-
-        def body(i, carried):
-            state, stacks, _ = carried
-            now = [jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in staged]
-            results = step(*state, key_data, start + i.astype(jnp.uint32), *now)
-            to_grads = count + len(stacks)
-            stacks = [
-                jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
-                for stack, x in zip(stacks, results[count:to_grads], strict=True)
-            ]
-            return results[:count], stacks, results[to_grads:]
-
-        state, stacks, grads = jax.lax.fori_loop(first, stop, body, (list(state), stacks, grads))
-        return [*state, *stacks, *grads]
-
     blank = Signature(state_leaves, batch_leaves, (), (), (), (), batch_size, block)
     exported = {}
     with _without_locations():
@@ -262,11 +230,7 @@ def trace(
             blank, **{name: leaves for name, (leaves, _) in trees.items()}
         )
         _check_results(signature)
-        exported["update"] = _export(update, signature, "update")
-        if block:
-            exported["block"] = _export(block_of_steps, signature, "block")
-        else:
-            exported["step"] = _export(step, signature, "step")
+        exported |= trajectory(gradient, update, signature)
         if (losses := program.losses) is not None:
 
             def losses_of(*raw):
@@ -288,6 +252,78 @@ def trace(
 
             exported[name] = _export(observe, signature, name)
     return signature, exported
+
+
+def trajectory(
+    gradient: Callable[..., Sequence[Any]],
+    update: Callable[..., Sequence[Any]],
+    signature: Signature,
+) -> dict[str, export.Exported]:
+    """Export `update`, and the step (or block of steps) that it makes together with `gradient`.
+
+    Args:
+        gradient: from flat state and inputs to flat losses, aux, gradients and carry.
+        update: from flat state, carry, gradients and losses to the flat state after the step.
+        signature: the leaves of both.
+    """
+    count, reported = len(signature.state), 1 + len(signature.aux)
+
+    def step(*raw):
+        """Return the state after a step, and its losses, aux and gradients.
+
+        The barrier keeps the two halves apart: what `update` is given, and what is returned as
+        the gradients, are the same numbers in memory, however the compiler fuses.
+        """
+        state = raw[:count]
+        results = jax.lax.optimization_barrier(gradient(*raw))
+        to_carry = reported + len(signature.grads)
+        given, carry = results[:to_carry], results[to_carry:]
+        return [*update(*state, *carry, *given[reported:], given[0]), *given]
+
+    def block_of_steps(*raw):
+        state, (key_data, start, first, stop, *staged) = raw[:count], raw[count:]
+        empty = [jnp.zeros(x.shape, x.dtype) for x in signature.results("block")[count:]]
+        stacks, grads = empty[:reported], empty[reported:]
+
+        def body(i, carried):
+            state, stacks, _ = carried
+            now = [jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in staged]
+            results = step(*state, key_data, start + i.astype(jnp.uint32), *now)
+            to_grads = count + len(stacks)
+            stacks = [
+                jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
+                for stack, x in zip(stacks, results[count:to_grads], strict=True)
+            ]
+            return results[:count], stacks, results[to_grads:]
+
+        state, stacks, grads = jax.lax.fori_loop(first, stop, body, (list(state), stacks, grads))
+        return [*state, *stacks, *grads]
+
+    name, function = ("block", block_of_steps) if signature.block else ("step", step)
+    with _without_locations():
+        return {
+            "update": _export(update, signature, "update"),
+            name: _export(function, signature, name),
+        }
+
+
+def archived(exported: Mapping[str, export.Exported]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Return the files of programs by name, and the entries of the table that vouch for them."""
+    files = {name: bytes(program.serialize()) for name, program in exported.items()}
+    table = {
+        name: {"version": VERSIONS[name], "sha256": sha256(file), "bytes": len(file)}
+        | {"text": text_hash(exported[name]), "optimized": None}
+        for name, file in files.items()
+    }
+    return files, table
+
+
+def reexport(
+    name: str, function: Callable[..., Sequence[Any]], signature: Signature
+) -> export.Exported:
+    """Export a program anew, for a signature with other leaves."""
+    with _without_locations():
+        return _export(function, signature, name)
 
 
 def _export(function, signature, name):

@@ -7,6 +7,7 @@ takes many.
 import dataclasses
 import itertools
 import operator
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -62,9 +63,9 @@ class Edit:
             OrderError: it has other steps before `at`, ends before it, or has batches of another
                 size.
         """
-        if self.order is None:
-            return order
-        made = self.order(order.since(at)) if callable(self.order) else self.order
+        made: Any = order if self.order is None else self.order
+        if callable(self.order):
+            made = self.order(order.since(at))
         if not isinstance(made, Order):
             raise OrderError(
                 f"the edit of the order returned a {type(made).__name__}",
@@ -81,11 +82,13 @@ class Edit:
             )
         if len(made) <= at:
             raise OrderError(
-                f"the new order has {len(made)} steps, the fork begins at step {at}",
+                f"the order has {len(made)} steps, the fork begins at step {at}",
                 why="no step would be left to take",
                 fix="fork earlier, or drop fewer samples",
             )
-        for start in range(0, at, 1024):  # whole epochs are made once; memory stays bounded
+        for start in range(
+            0, 0 if made is order else at, 1024
+        ):  # whole epochs are made once; memory stays bounded
             stop = min(start + 1024, at)
             both = [made.batches(start, stop), order.batches(start, stop)]
             differ = np.logical_or(*(a != b for a, b in zip(*both, strict=True))).any(axis=1)
@@ -138,12 +141,20 @@ class Edit:
         after[np.array(ids, np.int64)] = values
         return after
 
+    def described(self, before: Order, after: Order) -> str:
+        """Return the edit in words, knowing the orders before and after it."""
+        base, text = (repr(order).partition("  #")[0] for order in (before, after))
+        if text.startswith(base):
+            text = re.sub(r"^\.(since\(\d+\)\.?)?", "", text[len(base) :]).replace(").", "), ")
+        return self._text(text)
+
     def __str__(self) -> str:
+        return self._text("an order" if callable(self.order) else str(self.order))
+
+    def _text(self, order: str) -> str:
         if self.name:
             return self.name
-        parts = []
-        if self.order is not None:
-            parts.append("an order" if callable(self.order) else str(self.order))
+        parts = [order] if self.order is not None else []
         if isinstance(self.sample_weights, Mapping):
             few = [f"{i}: {w:g}" for i, w in itertools.islice(self.sample_weights.items(), 4)]
             more = ", …" * (len(self.sample_weights) > 4)

@@ -15,8 +15,9 @@ import numpy as np
 from jax import lax
 
 from replay import artifact
+from replay.artifact import Signature
 from replay.data import Data
-from replay.errors import QueryError
+from replay.errors import DataError, QueryError
 from replay.grads.gradients import Gradients
 from replay.grads.sources import gradients_of
 from replay.log import Log
@@ -55,7 +56,6 @@ class Observers:
     ):
         self.log, self._gradients, self.others, self.way = log, gradients, others, way
         self.signature, self._allow = log.header.signature, allow
-        self.key = jnp.asarray(np.asarray(log.header.key, np.uint32))
         state = self.signature.state
         self.number = {leaf.path: i for i, leaf in enumerate(state)}
         self.weights = {state[i].path.partition("/")[2]: i for i in self.signature.weights}
@@ -70,14 +70,25 @@ class Observers:
         """
         return self._gradients()
 
-    @functools.cache  # noqa: B019  # lives as long as the run
+    def key(self, step: int) -> np.ndarray:
+        """Return the key data of the run, or of the ancestor of a fork, that a step folds."""
+        return np.asarray(self.log.origin(step).header.key, np.uint32)
+
+    def update(self, step: int) -> Any:
+        """Return the archived update of a step, which may be that of an ancestor of a fork."""
+        return self._program("update", self.log.origin(step))
+
     def program(self, name: str) -> Any:
         """Return an archived program, jitted.
 
         Raises:
             QueryError: the run was recorded without it.
         """
-        programs = self.log.header.programs
+        return self._program(name, self.log)
+
+    @functools.cache  # noqa: B019  # lives as long as the run
+    def _program(self, name: str, log: Log) -> Any:
+        programs = log.header.programs
         if name not in programs:
             what = {"losses": "sample losses", "activations": "activations"}.get(name, name)
             raise QueryError(
@@ -87,19 +98,22 @@ class Observers:
             )
         results = None
         if name == "activations":
-            results = [
+            results = tuple(
                 jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]))
                 for leaf in programs[name]["table"]
-            ]
-        loaded = artifact.load(
-            name, self.log.program(name), self.signature, allow=self._allow, results=results
-        )
-        return jax.jit(loaded.call)
+            )
+        return _jitted(name, log.program(name), self.signature, tuple(self._allow), results)
 
     def activations(self) -> list[str]:
         """Return the names of the intermediates that were tagged."""
         entry = self.log.header.programs.get("activations")
         return [leaf["name"] for leaf in entry["table"]] if entry else []
+
+
+@functools.lru_cache(maxsize=64)
+def _jitted(name: str, data: bytes, signature: Signature, allow: Any, results: Any) -> Any:
+    """Return a program, compiled once for all runs that carry it, such as forks of one run."""
+    return jax.jit(artifact.load(name, data, signature, allow=allow, results=results).call)
 
 
 class Frame:
@@ -179,7 +193,7 @@ class Frame:
 
     def _inputs(self) -> tuple[Any, ...]:
         assert self.replayed is not None
-        r, key = self.replayed, self.observers.key
+        r, key = self.replayed, self.observers.key(self.step)
         return (*self.before, key, np.uint32(self.step), r.ids, r.weights, *r.batch)
 
     def _activations(self, scan, part, offset):
@@ -196,7 +210,7 @@ class Frame:
             executed = self.replayed.executed
             results = observers.program("gradient")(*self._inputs())
             carry = results[len(results) - len(signature.carry) :]
-            update = observers.program("update")
+            update = observers.update(self.step)
             grads = [jnp.asarray(x) for x in executed.grads]
             blank = [jnp.zeros_like(x) for x in grads]
             losses = jnp.asarray(executed.losses)
@@ -310,13 +324,43 @@ class Frame:
         return jnp.concatenate(found)
 
     def _of(self, data: Data, ids: np.ndarray, size: int) -> "Frame":
-        padded = np.full(size, -1, np.int32)
-        padded[: len(ids)] = ids
-        batch = data.leaves(np.maximum(padded, 0))
-        executed = Executed(self.step, 1, None, (), None, list(self.before), None)
-        weights = (padded >= 0).astype(np.float32)
-        replayed = Replayed(executed, padded, weights, batch, 0.0, -1)
+        replayed = elsewhere(data, ids, size, self.step, self.before)
         return Frame(self.observers, self.step, self.before, replayed)
+
+
+def elsewhere(data: Data, ids: np.ndarray, size: int, step: int, before: Sequence[Any]) -> Replayed:
+    """Return other samples at a state as if a step had been taken on them, padded to a batch.
+
+    Args:
+        data: the samples.
+        ids: at most `size` of them.
+        size: of a batch.
+        step: whose key is folded.
+        before: leaves of the state.
+    """
+    padded = np.full(size, -1, np.int32)
+    padded[: len(ids)] = ids
+    batch = data.leaves(np.maximum(padded, 0))
+    executed = Executed(step, 1, None, (), None, list(before), None)
+    weights = (padded >= 0).astype(np.float32)
+    return Replayed(executed, padded, weights, batch, 0.0, -1)
+
+
+def of_the_form(log: Log, source: Any) -> Data:
+    """Return a source of other samples as data.
+
+    Raises:
+        DataError: its examples have another form than the run's.
+    """
+    data = Data.of(source)
+    theirs, ours = data.spec, log.header.signature.batch
+    if [(x.shape, x.dtype) for x in theirs] != [(x.shape, x.dtype) for x in ours]:
+        raise DataError(
+            f"examples of {', '.join(map(str, theirs))}",
+            why=f"the run's loss takes {', '.join(map(str, ours))}",
+            fix="pass examples of the same leaves, shapes and dtypes",
+        )
+    return data
 
 
 @dataclasses.dataclass(frozen=True)

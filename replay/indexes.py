@@ -239,7 +239,7 @@ class Indexes:
         log = self._log
         number = log.header.signature.weights[self._number[part.path]]
         leaf = log.header.signature.state[number]
-        row = log.durable.checkpoints[state]
+        log, row = log.holder(state)
         if part.indices is None or leaf.nbytes <= _ONE_PIECE:
             whole = self._read.get(
                 ("state", number, state), lambda: self._try(lambda: self._checked(number, state))

@@ -12,10 +12,11 @@ import os
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from replay.ancestry import FOLDER, Parent, located, merged
 from replay.artifact import VERSIONS, Signature
 from replay.errors import IdentityError, LogError, ReplayError
 from replay.identity import SHORT_DIGEST, sha256
@@ -52,7 +53,9 @@ class Header:
         sample_weights: checksum of the factors of the losses; None for ones.
         arrays: layouts of the arrays in `states/`, `steps/`, `data/` and, of an index,
             `segments/`.
-        parent: run, step and edit of a fork; None for a run of its own.
+        parent: what a fork is a fork of, as `ancestry.Parent` has it; None for a run of its own.
+        factors: of the losses, by sample, little-endian float32; None for ones, and for a fork,
+            which names those that it changes.
     """
 
     name: str
@@ -68,7 +71,8 @@ class Header:
     fingerprint: dict[str, Any] | None
     sample_weights: int | None
     arrays: dict[str, tuple[ArraySpec, ...]]
-    parent: dict[str, Any] | None = None
+    parent: Parent | None = None
+    factors: bytes | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Return msgpack-able data, the inverse of `from_plain`."""
@@ -76,6 +80,7 @@ class Header:
         arrays = {
             group: [spec.to_plain() for spec in specs] for group, specs in self.arrays.items()
         }
+        plain["parent"] = None if self.parent is None else self.parent.to_plain()
         return {**plain, "format": FORMAT, "signature": self.signature.to_plain(), "arrays": arrays}
 
     @classmethod
@@ -99,12 +104,15 @@ class Header:
             }
             segments = plain["arrays"].get("segments", [])
             arrays["segments"] = tuple(ArraySpec.from_plain(spec) for spec in segments)
+            plain = {"factors": None, **plain}  # older logs kept a checksum of them alone
             fields = {field.name: plain[field.name] for field in dataclasses.fields(cls)}
             for name, check in _FORMS.items():
                 if not check(fields[name]):
                     raise ValueError(f"{name} is {reprlib.repr(fields[name])}")
             signature = Signature.from_plain(fields["signature"])
+            parent = None if fields["parent"] is None else Parent.from_plain(fields["parent"])
             fields |= {"arrays": arrays, "signature": signature, "key": tuple(fields["key"])}
+            fields["parent"] = parent
             header = cls(**fields)
             header._check_arrays()
             return header
@@ -166,6 +174,7 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "fingerprint": lambda x: x is None or _named(x),
     "sample_weights": lambda x: x is None or _natural(x, 2**32),
     "parent": lambda x: x is None or _named(x),
+    "factors": lambda x: x is None or (type(x) is bytes and len(x) % 4 == 0),
 }
 
 
@@ -251,12 +260,14 @@ def create(
 ) -> None:
     """Write all that is known before the first step; the run exists from the last byte on.
 
+    The groups of a fork are laid out when it is first trained: `begin_fork`.
+
     Raises:
         LogError: the place already holds a run, or files that are not a run's, or cannot be
             written.
     """
     known = {HEADER, JOURNAL, "lock", "states", "steps", "program", "data", "cache"}
-    known |= {"segments", "index"}
+    known |= {"segments", "index", FOLDER}
     present = place.list()
     strangers = sorted({name.split("/")[0] for name in present} - known)
     if HEADER in present or strangers:
@@ -272,7 +283,7 @@ def create(
             place.delete(leftover)
         for name, data in programs.items():
             place.write(f"program/{name}", data)
-        for group, specs in header.arrays.items():
+        for group, specs in header.arrays.items() if header.parent is None else ():
             if specs:
                 lay_out(place, group, specs)
         for spec, values in zip(header.arrays["data"], embedded or (), strict=False):
@@ -291,40 +302,39 @@ def create(
 class Log:
     """A run directory, for reading. Nothing is executed and little is read until asked for.
 
+    The log of a fork answers for the steps before it as well, from the log of its parent.
+
+    Args:
+        place: where it lies.
+        parent: where the parent of a fork lies, if not where the fork says.
+
     Attributes:
         place: where it lies.
         header: what was known at the start.
-        durable: what the journal vouches for, as of when the log was opened.
+        identity: a digest of all that was known at the start: the same for copies of one run.
+        parent: the log of the parent of a fork.
+        own: what its journal vouches for, as of when the log was opened.
+        durable: what this journal and that of the parent vouch for together.
 
     Raises:
-        LogError: there is no run, it is damaged, or it is of a newer format.
+        LogError: there is no run, it is damaged, or it is of a newer format; or the parent of a
+            fork is not where it was.
     """
 
-    def __init__(self, place: Place):
+    def __init__(self, place: Place, parent: Place | None = None):
         self.place = place
-        if place.size(HEADER) is None:
-            raise LogError(
-                f"{place} is not a run: it has no {HEADER}",
-                why="that file names the program, the order and the layout of everything else",
-                fix="check the path; `replay ls DIR` lists the runs below a directory",
-            )
-        payload = only_frame(place.read(HEADER, limit=2**28), f"{place}: {HEADER}")
-        self.header = Header.from_plain(payload, place)
-        self._payload = payload
-        self.durable = Durable()
-        if place.size(JOURNAL) is not None:
-            self.durable = Durable.read(place.read(JOURNAL), f"{place}: {JOURNAL}")
+        self.header, self.identity = _read_header(place)
+        self.own = self.durable = _read_journal(place)
+        self.parent: Log | None = None
+        if self.header.parent is not None:
+            self.parent = _parent(place, self.header.parent, parent)
+            self.durable = merged(self.header.parent, self.parent.durable, self.own)
         self._check_journal()
         self._check_sizes()
         self._arrays: dict[str, StoredArray] = {}
         self._cached: collections.OrderedDict[tuple[str, int], np.ndarray] = (
             collections.OrderedDict()
         )
-
-    @functools.cached_property
-    def identity(self) -> str:
-        """A digest of all that was known when the run started: the same for copies of one run."""
-        return sha256(repr(self._payload).encode())
 
     @functools.cached_property
     def order(self) -> Order | None:
@@ -356,7 +366,10 @@ class Log:
             )
         size = entry.get("bytes")
         limit = min(size, 2**30) if type(size) is int else 0
-        data = self.place.read(f"program/{name}", limit=limit)
+        if entry.get("inherited") and self.parent is not None:
+            data = self.parent.program(name)
+        else:
+            data = self.place.read(f"program/{name}", limit=limit)
         if sha256(data) != entry.get("sha256"):
             raise LogError(
                 f"{self.place}: program/{name} is damaged: its checksum does not agree",
@@ -367,16 +380,63 @@ class Log:
 
     def checkpoint(self, state: int, leaves: Sequence[int] | None = None) -> list[np.ndarray]:
         """Read the raw leaves of a stored state, or of some of them by number."""
-        row = self.durable.checkpoints[state]
+        log, row = self.holder(state)
         wanted = range(len(self.header.signature.state)) if leaves is None else leaves
-        return [self.array("states", i).read(row) for i in wanted]
+        return [log.array("states", i).read(row) for i in wanted]
+
+    def holder(self, state: int) -> "tuple[Log, int]":
+        """Return the log that holds a stored state, this one or an ancestor's, and the row."""
+        if state in self.own.checkpoints or self.parent is None:
+            return self, self.own.checkpoints[state]
+        return self.parent.holder(state)
+
+    def origin(self, step: int) -> "Log":
+        """Return the log whose program took a step, with its own key: this or an ancestor's."""
+        if self.parent is None or step >= self.first:
+            return self
+        return self.parent.origin(step)
+
+    @property
+    def first(self) -> int:
+        """The first step that this run has taken by itself: 0, or where a fork begins."""
+        return 0 if self.header.parent is None else self.header.parent.step
+
+    @functools.cached_property
+    def factors(self) -> np.ndarray:
+        """Factors of the losses by sample, `float32[samples]`, ones where none were given.
+
+        Raises:
+            LogError: an older version of replay has kept nothing but a checksum of them.
+        """
+        header = self.header
+        if self.parent is not None and header.parent is not None:
+            found = self.parent.factors.copy()
+            ids = np.array(list(header.parent.factors), np.int64)
+            found[ids] = np.array(list(header.parent.factors.values()), np.float32)
+            return found
+        samples = 0 if header.order is None else header.order[1]
+        if header.factors is not None:
+            return np.frombuffer(header.factors, "<f4").astype(np.float32)
+        if header.sample_weights is not None:
+            raise LogError(
+                f"{self.place} was recorded with sample_weights, of which it holds a checksum",
+                why="steps that were not taken yet need the weights themselves",
+                fix="record the run again with this version of replay",
+            )
+        return np.ones(samples, np.float32)
 
     def column(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Read steps `[start, stop)` of a column.
+        """Read steps `[start, stop)` of a column; sample weights are one where none were logged.
 
         Raises:
             LogError: a chunk is missing or damaged.
         """
+        if self.parent is not None and start < min(stop, self.first):
+            middle = min(stop, self.first)
+            parts = [self.parent.column(name, start, middle), self.column(name, middle, stop)]
+            return np.concatenate(parts)
+        if name == "weights" and not self._logs("weights"):
+            return np.ones((max(stop - start, 0), self.header.signature.batch_size), np.float32)
         numbers = {spec.name: i for i, spec in enumerate(self.header.arrays["steps"])}
         number = numbers[f"steps/{name}"]
         spec = self.header.arrays["steps"][number]
@@ -391,7 +451,11 @@ class Log:
         return np.concatenate(parts)
 
     def has_column(self, name: str) -> bool:
-        """Tell whether a column was logged."""
+        """Tell whether a column was logged, here or by an ancestor."""
+        inherited = self.parent is not None and self.parent.has_column(name)
+        return inherited or self._logs(name)
+
+    def _logs(self, name: str) -> bool:
         return any(spec.name == f"steps/{name}" for spec in self.header.arrays["steps"])
 
     def damage(self) -> list[str]:
@@ -402,6 +466,7 @@ class Log:
         """
         found = []
         columns = [spec.name.partition("/")[2] for spec in self.header.arrays["steps"]]
+        inherited = [] if self.parent is None else self.parent.damage()
         for read, names in (
             (self.program, self.header.programs),
             (lambda name: self.column(name, 0, self.durable.steps), columns),
@@ -411,10 +476,12 @@ class Log:
                     read(name)
                 except ReplayError as error:
                     found.append(error.what)
-        return found
+        return [*found, *(error for error in inherited if error not in found)]
 
     def embedded(self) -> list[np.ndarray]:
-        """Read the data set that lies in the run, one array a leaf."""
+        """Read the data set that lies in the run, or in that of an ancestor, one array a leaf."""
+        if self.parent is not None:
+            return self.parent.embedded()
         return [self.array("data", i).read() for i in range(len(self.header.arrays["data"]))]
 
     def spooled(self, start: int, stop: int) -> list[np.ndarray]:
@@ -429,7 +496,10 @@ class Log:
             LogError: a chunk is missing or damaged.
             IdentityError: they are not logged, and the order makes others than it made then.
         """
-        if self.has_column("ids"):
+        if self.parent is not None and start < min(stop, self.first):
+            middle = min(stop, self.first)
+            return np.concatenate([self.parent.ids(start, middle), self.ids(middle, stop)])
+        if self._logs("ids"):
             return self.column("ids", start, stop)
         return self._order_as_recorded.batches(start, stop).ids
 
@@ -502,6 +572,7 @@ class Log:
         if (
             durable.steps > steps
             or durable.rows > steps + 1
+            or min((*self.own.checkpoints, *self.own.digests), default=self.first) < self.first
             or max(durable.checkpoints, default=0) > durable.steps
             or any(not a < b <= steps or row > steps for a, b, row in durable.segments)
             or lengths - {SHORT_DIGEST, whole}
@@ -513,6 +584,79 @@ class Log:
                 why="the journal decides which data exists",
                 fix="restore run.msgpack and the journal from one copy of the run",
             )
+
+
+class Glance(NamedTuple):
+    """What a run says of itself, without its parent.
+
+    Attributes:
+        identity: as of `Log`.
+        header: what was known at the start.
+        steps: how many have been taken, those before a fork included.
+    """
+
+    identity: str
+    header: Header
+    steps: int
+
+
+def glance(place: Place) -> Glance:
+    """Read what a run says of itself, whether or not its parent is to be found.
+
+    Raises:
+        LogError: there is no run, it is damaged, or it is of a newer format.
+    """
+    header, identity = _read_header(place)
+    first = 0 if header.parent is None else header.parent.step
+    return Glance(identity, header, max(first, _read_journal(place).steps))
+
+
+def _read_header(place: Place) -> tuple[Header, str]:
+    if place.size(HEADER) is None:
+        raise LogError(
+            f"{place} is not a run: it has no {HEADER}",
+            why="that file names the program, the order and the layout of everything else",
+            fix="check the path; `replay ls DIR` lists the runs below a directory",
+        )
+    payload = only_frame(place.read(HEADER, limit=2**28), f"{place}: {HEADER}")
+    return Header.from_plain(payload, place), sha256(repr(payload).encode())
+
+
+def _read_journal(place: Place) -> Durable:
+    if place.size(JOURNAL) is None:
+        return Durable()
+    return Durable.read(place.read(JOURNAL), f"{place}: {JOURNAL}")
+
+
+def _parent(place: Place, parent: Parent, given: Place | None) -> Log:
+    """Open the log of the parent of a fork, wherever it is found.
+
+    Raises:
+        LogError: it is nowhere, is another run, or has fewer steps than the fork shares.
+    """
+    looked = [given] if given is not None else located(place, parent)
+    for where in looked:
+        if where.size(HEADER) is None:
+            continue
+        log = Log(where)
+        if log.identity == parent.run and log.durable.steps >= parent.step:
+            return log
+        other = f"another run than that it was forked from ({log.header.name})"
+        few = f"a copy of its parent that ends at step {log.durable.steps:,}"
+        raise LogError(
+            f"{place} is a fork at step {parent.step:,}; at {where} lies "
+            + (few if log.identity == parent.run else other),
+            why="a fork shares everything before its first step with its parent",
+            fix="say where the parent lies now: replay.open(..., parent=PATH), or on the command "
+            "line replay fork FORK --detach --parent PATH",
+        )
+    raise LogError(
+        f"{place} is a fork at step {parent.step:,} of a run that is not at {looked[-1]}",
+        why="a fork shares everything before its first step with its parent, which was moved or "
+        "deleted",
+        fix="move it back, or say where it lies now: replay.open(..., parent=PATH); "
+        "`replay fork FORK --detach --parent PATH` makes the fork independent of it",
+    )
 
 
 def _bytes(shape: Sequence[int], spec: ArraySpec) -> int:
@@ -528,12 +672,15 @@ def thin(log: Log, keep: Sequence[int]) -> list[int]:
     Returns:
         The states whose checkpoints were dropped.
     """
-    stored = sorted(log.durable.checkpoints)
-    dropped = sorted(set(stored) - set(keep) - {stored[0], stored[-1]})
+    stored = sorted(log.own.checkpoints)  # those of an ancestor are not ours to give up
+    dropped = sorted(set(stored) - set(keep) - {*stored[:1], *stored[-1:]})
     if dropped:
         clear_torn(log)
         log.place.append(JOURNAL, frame({"kind": "dropped", "states": dropped}))
-        delete_rows(log, [log.durable.checkpoints.pop(state) for state in dropped])
+        rows = [log.own.checkpoints.pop(state) for state in dropped]
+        for state in dropped:
+            log.durable.checkpoints.pop(state, None)
+        delete_rows(log, rows)
     return dropped
 
 
@@ -542,8 +689,8 @@ def clear_torn(log: Log) -> None:
 
     That is the tail of the journal, and files that were not yet renamed to their places.
     """
-    if log.durable.end < (log.place.size(JOURNAL) or 0):
-        log.place.truncate(JOURNAL, log.durable.end)
+    if log.own.end < (log.place.size(JOURNAL) or 0):
+        log.place.truncate(JOURNAL, log.own.end)
     for name in log.place.list():
         if name.endswith((".__lock", ".part")):
             log.place.delete(name)
@@ -553,7 +700,7 @@ def discard_unborn(place: Place) -> None:
     """Forget a recording that was killed before its first commit, so that it can begin again.
 
     The rest is only written once the journal names state 0: where there is more, the journal was
-    lost, and nothing is touched.
+    lost, and nothing is touched. A fork is whole before it has a journal.
 
     Raises:
         LogError: the journal is damaged.
@@ -562,7 +709,8 @@ def discard_unborn(place: Place) -> None:
     rest = re.compile(r"(states/\d+/c/[1-9]|steps/\w+/c/)")
     if HEADER not in present or any(map(rest.match, present)):
         return
-    if JOURNAL not in present or not any(frames(place.read(JOURNAL), f"{place}: {JOURNAL}")):
+    begun = JOURNAL in present and any(frames(place.read(JOURNAL), f"{place}: {JOURNAL}"))
+    if not begun and _read_header(place)[0].parent is None:
         place.delete(HEADER)
 
 

@@ -15,12 +15,12 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from replay import artifact
 from replay.activations import Tagged, tagged
-from replay.artifact import KEY_IMPLEMENTATION, VERSIONS, Signature
+from replay.artifact import KEY_IMPLEMENTATION, Signature
 from replay.checkpoints import Checkpoints, Schedule
 from replay.data import Data, checksum
 from replay.errors import DataError, IdentityError, LogError, OrderError, ProgramError
 from replay.grads.archive import Tapped, tapped
-from replay.identity import environment, sha256
+from replay.identity import environment
 from replay.indexing import LEVELS, Observer, default_level
 from replay.log import HEADER, Header, Log, clear_torn, create, discard_unborn, layouts
 from replay.order import Order
@@ -123,7 +123,7 @@ class Recorder:
             )
         self.path = os.fspath(path)
         self._place, self._program, self._resume = Place(path), program, resume
-        self._key = _key_words(key)
+        self._key = key_words(key)
         self._data = None if data is None else Data.of(data)
         self._order = None
         if order is not None and not isinstance(order, Order):
@@ -413,9 +413,10 @@ class Recorder:
 
         self._signature, exported = trace()
         self._tree, leaves = jax.tree.structure(state), lower(state)
-        files = {name: bytes(program.serialize()) for name, program in exported.items()}
-        texts = {name: artifact.text_hash(program) for name, program in exported.items()}
-        optimized = self._compile(files, self._index)
+        files, programs = artifact.archived(exported)
+        texts = {name: entry["text"] for name, entry in programs.items()}
+        for name, optimized in self._compile(files, self._index).items():
+            programs[name]["optimized"] = optimized
         index = self._index
         if index is None:
             index = default_level(self._engine.operations(), self._signature)
@@ -423,11 +424,6 @@ class Recorder:
         embed = not fed and (data.nbytes <= EMBED_LIMIT if self._embed is None else self._embed)
         if embed:
             self._data = data = data.in_memory()
-        programs = {
-            name: {"version": VERSIONS[name], "sha256": sha256(file), "bytes": len(file)}
-            | {"text": texts[name], "optimized": optimized.get(name)}
-            for name, file in files.items()
-        }
         for name, observer in more.items():
             programs[name]["table"] = observer.table
         steps = len(order) if order is not None else _MOST_FED_STEPS
@@ -444,6 +440,9 @@ class Recorder:
             data="spooled" if fed else "embedded" if embed else "external",
             fingerprint=None if fed else data.fingerprint(),
             sample_weights=self._weights_checksum,
+            factors=None
+            if self._sample_weights is None
+            else self._sample_weights.astype("<f4").tobytes(),
             arrays=layouts(
                 self._signature,
                 steps,
@@ -474,6 +473,12 @@ class Recorder:
     def _reopen(self, data: Data | None) -> Log:
         log = Log(self._place)
         header = log.header
+        if header.parent is not None:
+            raise LogError(
+                f"{self.path} is a fork, which no recorder takes up",
+                why="it is trained by the archived programs of its parent",
+                fix=f"replay.open({self.path!r}).resume(), or replay fork {self.path}",
+            )
         if not log.durable.checkpoints:
             raise LogError(
                 f"{self.path} holds no state to resume from: journal.msgpack names none",
@@ -621,7 +626,7 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         )
 
 
-def _key_words(key: Any) -> tuple[int, int]:
+def key_words(key: Any) -> tuple[int, int]:
     """Return the two words of a typed threefry key."""
     typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed or key.shape != ():

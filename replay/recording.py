@@ -61,7 +61,7 @@ class Recording:
         arrays = log.header.arrays
         spooled = arrays["data"] if log.header.data == "spooled" else ()
         self._names = {spec.name for spec in (*arrays["steps"], *spooled)}
-        self._stored = set(log.durable.checkpoints)
+        self._stored = set(log.own.checkpoints)
         self._commit_steps, self._commit_seconds = commit_steps, commit_seconds
         self._results: list[Result] = []
         self._columns: list[tuple[str, int, np.ndarray]] = []
@@ -69,7 +69,7 @@ class Recording:
         self._committed, self.intact = start, True
         self._began = self._committed_at = time.perf_counter()
         self._busy = 0.0
-        if log.durable.checkpoints:
+        if log.own.checkpoints:
             self.writer.submit({"kind": "resumed", "state": start})
         else:
             self._commit(checkpoint=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -163,11 +164,21 @@ class Replayer:
         log: the run.
         data: the samples; None where the run holds them or where none were passed.
         allow: custom calls that its programs may make besides the usual ones.
+        like: a replayer of another run, such as the parent of a fork, whose compiled programs are
+            used where they are the same.
     """
 
-    def __init__(self, log: Log, data: Data | None, *, allow: Sequence[str] = ()):
+    def __init__(
+        self,
+        log: Log,
+        data: Data | None,
+        *,
+        allow: Sequence[str] = (),
+        like: "Replayer | None" = None,
+    ):
         self._log, self._data, self._allow = log, data, tuple(allow)
-        self._engines: dict[bool, Engine] = {}
+        shared = like is not None and like._allow == self._allow
+        self._engines: dict[tuple, Engine] = like._engines if like and shared else {}
         self._differences: dict[str, tuple] | None = None
 
     @property
@@ -232,7 +243,7 @@ class Replayer:
         leaves = self.stored(start)
         if start == state:
             return leaves
-        engine = self._engine(keep=False)
+        engine = self.engine(start, keep=False)
         walk = _Walk(self._log, start)
         held = engine.load(leaves)
         for executed in self._execute(engine, held, start, state):
@@ -258,14 +269,21 @@ class Replayer:
             return
         self.anchor(stop)
         anchor = self.anchor(start)
-        engine, signature = self._engine(keep=True), self._log.header.signature
-        held, walk, deviation = engine.load(self.stored(anchor)), _Walk(self._log, anchor), 0.0
+        engine, signature = self.engine(anchor, keep=True), self._log.header.signature
+        held = engine.load(self.stored(anchor))
+        walk, deviation = _Walk(self._log, anchor), 0.0
         stored = sorted(s for s in self._log.durable.checkpoints if anchor < s < stop)
         edges = [anchor, *stored, stop]
         for a, b in zip(edges, edges[1:], strict=False):
+            if a in self._forks and a > anchor:  # where the state of a fork is stored
+                following = self.engine(a, keep=True)
+                if following is not engine:
+                    held = following.load([*map(np.asarray, engine.fetch(held))])
+                    engine = following
             for stretch in self._read(a, b):
                 ones = np.ones(signature.batch_size, np.float32)
                 for executed in engine.advance(held, stretch):
+                    executed = self._entered(engine, executed)
                     held, row = executed.after, executed.start - stretch.start
                     walk.check(executed, engine, late=late and executed.start + 1 < stop)
                     if walk.divergence is not None and exact:
@@ -286,7 +304,8 @@ class Replayer:
                 divergence = dataclasses.replace(divergence, tensor=tensor, deviation=found)
                 found = found or np.nextafter(0.0, 1.0)  # the losses differed: not every bit agrees
                 deviation = found if deviation != deviation else max(deviation, found)
-                held, walk = engine.load(self.stored(b)), _Walk(self._log, b)
+                held = engine.load(self.stored(b))
+                walk = _Walk(self._log, b)
             warnings.warn(f"not every step is exact: {divergence}", stacklevel=3)
 
     def audit(self, start: int, stop: int, progress: Callable[[int], None]) -> list[Segment]:
@@ -315,8 +334,9 @@ class Replayer:
         return segments
 
     def _audit(self, start: int, stop: int, progress: Callable[[int], None]) -> Segment:
-        engine = self._engine(keep=False)
-        held, walk = engine.load(self.stored(start)), _Walk(self._log, start)
+        engine = self.engine(start, keep=False)
+        held = engine.load(self.stored(start))
+        walk = _Walk(self._log, start)
         for executed in self._execute(engine, held, start, stop):
             held = executed.after
             walk.check(executed, engine)
@@ -334,6 +354,7 @@ class Replayer:
     def _execute(self, engine: Engine, held: Any, start: int, stop: int) -> Iterator[Executed]:
         for stretch in self._read(start, stop):
             for executed in engine.advance(held, stretch):
+                executed = self._entered(engine, executed)
                 held = executed.after
                 yield executed
 
@@ -354,16 +375,62 @@ class Replayer:
         ) as stretches:
             yield from stretches
 
-    def _engine(self, *, keep: bool) -> Engine:
-        if keep in self._engines:
-            return self._engines[keep]
-        header = self._log.header
-        signature = header.signature
-        files = {name: self._log.program(name) for name in signature.programs}
+    @functools.cached_property
+    def _forks(self) -> dict[int, dict[int, bytes]]:
+        """Where this run and its ancestors begin as forks, and the leaves that are set there."""
+        found, log = {}, self._log
+        while log.header.parent is not None and log.parent is not None:
+            found[log.first] = log.header.parent.leaves
+            log = log.parent
+        return found
+
+    def _entered(self, engine: Engine, executed: Executed) -> Executed:
+        """Set the leaves that a fork sets in the state that it begins with.
+
+        Raises:
+            LogError: what it sets has not the size of the leaf.
+        """
+        state = executed.start + executed.count
+        if not self._forks.get(state):
+            return executed
+        leaves = [*map(np.asarray, engine.fetch(executed.after))]
+        for number, data in self._forks[state].items():
+            old = leaves[number] if number < len(leaves) else np.zeros(0)
+            if old.nbytes != len(data):
+                raise LogError(
+                    f"{self._log.place} sets leaf {number} of state {state} to {len(data)} bytes",
+                    why=f"that leaf has {old.nbytes}",
+                    fix="restore run.msgpack from a copy of the run",
+                )
+            leaves[number] = np.frombuffer(data, old.dtype).reshape(old.shape)
+        return executed._replace(after=engine.load(leaves))
+
+    def engine(self, step: int, *, keep: bool) -> Engine:
+        """Return what executes a step: the programs of the run, or of the ancestor that took it.
+
+        Args:
+            step: the step.
+            keep: whether every state stays valid, for observers.
+
+        Raises:
+            LogError, IdentityError: a program is damaged or cannot be executed here.
+        """
+        log = self._log.origin(step)
+        header, signature = log.header, log.header.signature
+        hashes = [header.programs[name].get("sha256") for name in signature.programs]
+        # A fork that changes neither program nor key goes on with the engine of its parent.
+        settings = repr(sorted(header.environment.items()))
+        known = (keep, signature, tuple(hashes), header.key, settings)
+        if known in self._engines:
+            return self._engines[known]
+        files = {name: log.program(name) for name in signature.programs}
         loaded = {
             name: artifact.load(name, files[name], signature, allow=self._allow) for name in files
         }
-        if settable(self.differences, header.environment.get("platform", "cpu")):
+        here = (
+            self.differences if log is self._log else differences(header.environment, environment())
+        )
+        if settable(here, header.environment.get("platform", "cpu")):
             engine: Engine = RemoteEngine(
                 signature, files, header.key, keep=keep, recorded=header.environment
             )
@@ -372,13 +439,13 @@ class Replayer:
                 engine = LocalEngine(signature, loaded, header.key, keep=keep)
             except Exception as error:  # the compiler raises whatever a forged program leads it to
                 raise LogError(
-                    f"{self._log.place}: the archived {' and '.join(signature.programs)} cannot be "
+                    f"{log.place}: the archived {' and '.join(signature.programs)} cannot be "
                     f"compiled: {type(error).__name__}: {str(error)[:300]}",
                     why="states between the stored ones exist only by executing them",
                     fix="open the run with the versions of jax and jaxlib that `replay show` "
                     "prints; if they are these, restore program/ from a copy of the run",
                 ) from error
-        self._engines[keep] = engine
+        self._engines[known] = engine
         return engine
 
     def _disagreeing(self, state: int, lanes: np.ndarray) -> list[int]:

@@ -70,7 +70,6 @@ class SampleGradients:
             )
         self._log, self._allow = log, allow
         self._signature = log.header.signature
-        self._key = jnp.asarray(np.asarray(log.header.key, np.uint32))
         self._memory = memory
         self._ways: dict[str, list[tuple[Group, Callable[..., list[Any]]]]] = {}
         self.names = [
@@ -90,6 +89,25 @@ class SampleGradients:
         """Return what is known of the gradients of each tensor before there are any."""
         return {n: x.form for group, _ in self._way(way) for n, x in group.tensors.items()}
 
+    def groups(self, way: str) -> list[Group]:
+        """Return the tensors whose gradients are had together, to be composed with other work.
+
+        What produces them takes `inputs`: for a scan, after `int32[n]`, positions in the batch.
+        """
+        return [group for group, _ in self._way(way)]
+
+    def inputs(self, replayed: Replayed) -> tuple[Any, ...]:
+        """Return what the archived programs take: state, key, step, ids, weights and batch."""
+        executed = replayed.executed
+        return (
+            *executed.before,
+            np.asarray(self._log.origin(executed.start).header.key, np.uint32),
+            np.uint32(executed.start),
+            replayed.ids,
+            replayed.weights,
+            *replayed.batch,
+        )
+
     def parts(self, replayed: Replayed, way: str) -> Iterator[tuple]:
         """Yield `(group, payloads, occurrences)` of a step, padding left out.
 
@@ -99,15 +117,7 @@ class SampleGradients:
         """
         executed = replayed.executed
         valid = np.flatnonzero(replayed.ids >= 0).astype(np.int32)
-        size = self._signature.batch_size
-        inputs = (
-            *executed.before,
-            self._key,
-            np.uint32(executed.start),
-            replayed.ids,
-            replayed.weights,
-            *replayed.batch,
-        )
+        size, inputs = self._signature.batch_size, self.inputs(replayed)
         first = executed.start * size
         if first + size >= 2**31:
             raise LogError(

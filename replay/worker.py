@@ -23,7 +23,7 @@ import numpy as np
 from replay import artifact
 from replay.artifact import Signature
 from replay.errors import IdentityError
-from replay.identity import NUMERIC_FLAGS, environment
+from replay.identity import NUMERIC_FLAGS, environment, fingerprint_on_host
 from replay.journal import pack
 from replay.trajectory import Executed, LocalEngine, Stretch
 
@@ -140,8 +140,10 @@ class RemoteEngine:
         self._hold(state)
         return state
 
-    def fingerprint(self, state: "_Remote") -> np.ndarray:
-        """Return the fingerprint of the worker's state."""
+    def fingerprint(self, state: "_Remote | Sequence[np.ndarray]") -> np.ndarray:
+        """Return the fingerprint of the worker's state, or of leaves that were fetched."""
+        if not isinstance(state, _Remote):
+            return fingerprint_on_host(state)
         self._hold(state)
         return self._ask("fingerprint", {}, [])[1][0]
 

@@ -90,9 +90,10 @@ class LogWriter:
         self.error: Exception | None = None
         self.bad_steps: list[int] = []
         self._row, self._segments = log.durable.rows, len(log.durable.segments)
-        self._checkpoints = dict(log.durable.checkpoints)
+        self._checkpoints = dict(log.own.checkpoints)
+        known = log.own.steps if log.own.steps > log.first else 0  # a fork has no rows before
         self._chunks = {
-            spec.name: _Chunk(StoredArray(log.place, spec), log.durable.steps, start)
+            spec.name: _Chunk(StoredArray(log.place, spec), known, start)
             for group in ("steps", "data")[: 2 if log.header.data == "spooled" else 1]
             for spec in log.header.arrays[group]
         }
@@ -242,7 +243,10 @@ class LogWriter:
                 continue
             cut = [dataclasses.replace(s, shape=(length, *s.shape[1:])) for s in specs]
             states = {str(state): row for state, row in sorted(self._checkpoints.items())}
-            lay_out(self._place, group, cut, **({"states": states} if group == "states" else {}))
+            attributes: dict[str, Any] = {"states": states} if group == "states" else {}
+            if group == "steps" and self._log.first:
+                attributes["first"] = self._log.first  # rows before it are those of the parent
+            lay_out(self._place, group, cut, **attributes)
 
     def _cannot_write(self) -> LogError:
         return LogError(

@@ -134,9 +134,13 @@ def weights_of(case, ids):
     return np.where(ids < 0, 0, factors).astype(np.float32)
 
 
-def reference(case):
-    """Train without a recorder."""
+def reference(case, masked=None):
+    """Train without a recorder; a masked sample counts for nothing from a step on."""
     program, ids, run_key = case.program(), ids_of(case), jax.random.key(SEED)
+    weights = weights_of(case, ids)
+    if masked is not None:
+        sample, start = masked
+        weights[start:][ids[start:] == sample] = 0
     batches = {name: rows[np.maximum(ids, 0)] for name, rows in case.data.items()}
 
     @jax.jit
@@ -146,7 +150,7 @@ def reference(case):
         sample_keys = fold_each(keys, ids.astype(jnp.uint32))
         return replay.Inputs(steps, ids, weights, batches, keys, sample_keys)
 
-    inputs = staged(np.arange(STEPS, dtype=np.uint32), ids, weights_of(case, ids), batches)
+    inputs = staged(np.arange(STEPS, dtype=np.uint32), ids, weights, batches)
     state = jax.jit(program.init)(jax.random.fold_in(run_key, np.uint32(2**32 - 1)))
     advance = {"step": by_step, "block": by_block}[case.dispatch](program)
     states, losses, aux, grads = [bits(state)], [], [], []
@@ -277,6 +281,29 @@ def test_a_replayed_step_has_the_losses_and_the_gradient_of_the_independent_loop
     assert [step.step for step in steps] == [14, 15, 16, 17]
     assert (np.stack([step.losses for step in steps]) == expected.losses[14:18]).all()
     assert first_difference([bits(step.grads) for step in steps], expected.grads[14:18]) is None
+
+
+@every_case
+def test_a_fork_without_an_edit_is_its_parent_at_every_step(replayed, tmp_path):
+    run, expected = replayed
+    fork = run.fork(tmp_path / "fork", at=20)
+    audit = fork.verify()
+    assert audit.grade is replay.Grade.BITWISE, str(audit)
+    states = [bits(state) for _, state in replay.open(tmp_path / "fork").states(slice(None))]
+    assert first_difference(states, expected.states) is None
+
+
+@pytest.mark.parametrize("case", by_default(THREADED), ids=str)
+def test_a_fork_without_a_sample_is_an_independent_loop_with_that_sample_masked(
+    case, recorded, tmp_path
+):
+    sample = int(ids_of(case)[20][2])
+    run = replay.open(recorded(case).path)
+    fork = run.fork(tmp_path / "fork", at=20, sample_weights={sample: 0.0})
+    states = [bits(state) for _, state in fork.states(slice(None))]
+    assert first_difference(states, reference(case, masked=(sample, 20)).states) is None
+    assert states[:21] == recorded(case).expected.states[:21]
+    assert states[21:] != recorded(case).expected.states[21:]
 
 
 @pytest.mark.parametrize(

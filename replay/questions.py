@@ -164,20 +164,14 @@ def compare(run: Run, other: Run, *, step: int | None = None) -> Question:
             why=f"they have {run.steps:,} and {other.steps:,}",
             fix=f"1 to {shortest}",
         )
-    ours, theirs = ([(x.path, x.shape) for x in r.tensors] for r in (run, other))
-    if ours != theirs:
-        raise QueryError(
-            f"{run.path} and {other.path} have other weights",
-            why=f"{_shapes(ours)}; {_shapes(theirs)}",
-            fix="compare runs of one program",
-        )
+    check_alike(run, other)
     states = np.unique(np.linspace(0, step, _MOST_STATES).round().astype(int)).tolist()
     apart: Expression = np.subtract(run.weights, other.weights)  # type: ignore[assignment,call-overload]
     expressions = {
         "apart": apart.sel(state=step).groupby("tensor").norm(),
         "distance": apart.sel(state=states).norm("weight"),
     }
-    tested = _tested(run)
+    tested = None if "losses" not in run.log.header.programs else samples_of(run)
     for name, each in (("a", run), ("b", other)):
         moved = each.updates.sel(step=slice(0, step)).sum("step")
         expressions[f"{name} moved"] = moved.groupby("tensor").norm()
@@ -475,8 +469,25 @@ def labels(run: Run, leaf: str = "label", *, needed: bool = False) -> np.ndarray
     Raises:
         QueryError: there is no such leaf.
     """
-    data = run.data
-    spec = () if data is None else data.spec
+    found = None if run.data is None else labels_of(run.data, leaf)
+    if found is None and needed:
+        known = [x.path for x in (() if run.data is None else run.data.spec) if not x.shape]
+        raise QueryError(
+            f"the data has no leaf {leaf!r} that could be a class",
+            why="samples are grouped by a leaf with one number for each sample",
+            fix=f"one of {', '.join(known)}" if known else "run.sample_updates.groupby(labels)",
+        )
+    return found
+
+
+def labels_of(data: Data, leaf: str = "label") -> np.ndarray | None:
+    """Return the class of each sample of some data, `[samples]`; None where it has none.
+
+    Args:
+        data: the samples.
+        leaf: as for `labels`.
+    """
+    spec = data.spec
     wanted = _LABELS if leaf == "label" else (leaf,)
     known = {x.path: number for number, x in enumerate(spec) if not x.shape}
     plain = {path.rpartition("/")[2].lower(): path for path in reversed(known)}
@@ -486,14 +497,7 @@ def labels(run: Run, leaf: str = "label", *, needed: bool = False) -> np.ndarray
             continue
         if leaf == "label" and np.dtype(spec[known[path]].dtype).kind not in "iub":
             continue
-        assert data is not None
         return data.leaves(np.arange(len(data)))[known[path]]
-    if needed:
-        raise QueryError(
-            f"the data has no leaf {leaf!r} that could be a class",
-            why="samples are grouped by a leaf with one number for each sample",
-            fix=f"one of {', '.join(known)}" if known else "run.sample_updates.groupby(labels)",
-        )
     return None
 
 
@@ -502,12 +506,15 @@ def images(run: Run, ids: Sequence[int]) -> np.ndarray | None:
 
     None where no leaf of an example looks like a picture.
     """
-    if run.data is None:
-        return None
-    for number, leaf in enumerate(run.data.spec):
+    return None if run.data is None else images_of(run.data, ids)
+
+
+def images_of(data: Data, ids: Sequence[int]) -> np.ndarray | None:
+    """Return pictures of samples of some data, as `images`."""
+    for number, leaf in enumerate(data.spec):
         if not _is_image(leaf):
             continue
-        found = run.data.leaves(np.asarray(ids, np.int64))[number].astype(np.float64)
+        found = data.leaves(np.asarray(ids, np.int64))[number].astype(np.float64)
         if found.ndim == 2:
             side = round(found.shape[1] ** 0.5)
             found = found.reshape(len(found), side, side)
@@ -537,13 +544,40 @@ def _class(classes: np.ndarray | None, sample: int) -> str:
     return "" if classes is None or sample < 0 else str(classes[sample])
 
 
-def _tested(run: Run) -> Data | None:
-    """Return samples that two runs are tested on: those of the first, evenly spaced."""
-    if run.data is None or "losses" not in run.log.header.programs:
+def samples_of(run: Run, ids: np.ndarray | None = None) -> Data | None:
+    """Return samples that runs are tested on: those of the first, evenly spaced or by their ids."""
+    if run.data is None:
         return None
-    count = min(len(run.data), _MOST_SAMPLES)
-    ids = np.unique(np.linspace(0, len(run.data) - 1, count).astype(np.int64))
+    ids = spaced(len(run.data)) if ids is None else ids
     return Data.of_leaves(run.data.leaves(ids), [leaf.path for leaf in run.data.spec])
+
+
+def spaced(count: int, most: int = _MOST_SAMPLES) -> np.ndarray:
+    """Return at most so many numbers below a count, evenly spaced, the first and last among them.
+
+    >>> spaced(9, 3)
+    array([0, 4, 8])
+    """
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+
+
+def check_alike(run: Run, other: Run) -> None:
+    """Refuse runs whose weights have no counterparts in each other.
+
+    Raises:
+        QueryError: a tensor is missing or has another shape; the first is named.
+    """
+    ours, theirs = ({x.path: list(x.shape) for x in r.tensors} for r in (run, other))
+    if ours == theirs:
+        return
+    path = next(path for path in (*ours, *theirs) if ours.get(path) != theirs.get(path))
+    shown = [f"{x.get(path, 'none')}" for x in (ours, theirs)]
+    raise QueryError(
+        f"{run.path} and {other.path} have other weights: {path} is {shown[0]} in one and "
+        f"{shown[1]} in the other",
+        why="weights are compared one by one, each with that of the same tensor and place",
+        fix="compare runs of one architecture; losses and metrics stand in run.history()",
+    )
 
 
 def _beside(first: Expression, other: Expression) -> Expression:
@@ -552,10 +586,6 @@ def _beside(first: Expression, other: Expression) -> Expression:
 
 def _ratio(a: float, b: float) -> float:
     return a / b if b else 0.0
-
-
-def _shapes(leaves: Sequence[tuple[str, Sequence[int]]]) -> str:
-    return ", ".join(f"{path}{list(shape)}" for path, shape in leaves[:6])
 
 
 def _positive(name: str, value: int) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 from replay import plan as planning
 from replay.cache import Cache, budget
 from replay.data import Data
-from replay.errors import DataError, Grade, QueryError
+from replay.errors import Grade, QueryError
 from replay.execute import MEMORY, Execution
 from replay.folds import Asked
-from replay.frames import Observers
+from replay.frames import Observers, of_the_form
 from replay.grads import strategy as rates
 from replay.grads.reductions import BLOCK_STEPS
 from replay.grads.stream import COMPILED
@@ -154,14 +154,7 @@ class Asking:
             DataError: its examples have another form than the run's.
         """
         (subject,) = self.subjects.values()
-        data = Data.of(source)
-        theirs, ours = data.spec, subject.log.header.signature.batch
-        if [(x.shape, x.dtype) for x in theirs] != [(x.shape, x.dtype) for x in ours]:
-            raise DataError(
-                f"examples of {', '.join(map(str, theirs))}",
-                why=f"the run's loss takes {', '.join(map(str, ours))}",
-                fix="pass examples of the same leaves, shapes and dtypes",
-            )
+        data = of_the_form(subject.log, source)
         name = name or f"source{len(subject.others)}"
         if name in subject.others:  # another one may go by it in a plan
             name = f"{name} ({len(subject.others)})"

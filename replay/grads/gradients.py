@@ -395,13 +395,38 @@ class Factored(Gradients):
 
     def gram(self, other: Gradients) -> Any:
         """Return all dot products with the gradients of other samples, `[samples, others]`."""
-        mine, theirs = self.outer, other.outer if isinstance(other, Factored) else None
-        one = self.rank_one and isinstance(other, Factored) and other.rank_one
-        if one and self.form.alone and mine is not None and theirs is not None:
+        if not isinstance(other, Factored) or not self.form.alone:
+            return super().gram(other)
+        if self.outer is None or other.outer is None:
+            return lax.map(self._dots_of_rows, other.factor).T
+        mine, theirs = self.outer, other.outer
+        (b, times, i), j = mine.left.shape[1:], mine.right.shape[3]
+        if self.rank_one and other.rank_one and b == 1:  # as one product of matrices each
+            lefts, rights = (x[:, 0, 0] @ y[:, 0, 0].T for x, y in zip(mine, theirs, strict=True))
+            return lefts * rights
+        if self.rank_one and other.rank_one:
             lefts = jnp.einsum("nbti,mbti->nmb", mine.left, theirs.left)
             rights = jnp.einsum("nbti,mbti->nmb", mine.right, theirs.right)
             return jnp.einsum("nmb,nmb->nm", lefts, rights)
-        return super().gram(other)
+        if times * (i + j) < i * j:
+
+            def dots(sample):
+                lefts = jnp.einsum("nbti,bsi->nbts", mine.left, sample.left)
+                rights = jnp.einsum("nbti,bsi->nbts", mine.right, sample.right)
+                return jnp.einsum("nbts,nbts->n", lefts, rights)
+
+            return lax.map(dots, theirs).T
+        # Multiplied out, they take no more memory than their factors.
+        whole, others = (Materialised(self.form, x.materialised()) for x in (self, other))
+        return whole.gram(others)
+
+    def _dots_of_rows(self, sample: Rows) -> Any:
+        """Return the dot products with one gradient that has rows where an index says."""
+        index, right = self.factor
+        inside = (index >= 0) & (index < self.form.value[0])
+        same = (index[:, :, None] == sample.index[None, None, :]) & inside[:, :, None]
+        products = jnp.einsum("nti,si->nts", right, sample.right).astype(self.form.wide)
+        return jnp.where(same, products, 0).sum(axis=(1, 2))
 
     def total(self, of: str) -> Any:
         """Return the sum over samples of what `OF` names, in the layout."""

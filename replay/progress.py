@@ -8,8 +8,17 @@ import rich.progress
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int, show: bool | None) -> Iterator[Callable[..., None]]:
-    """Show a progress bar in a terminal: steps, loss, steps per second, time left."""
+def progress_bar(
+    what: str, total: int, show: bool | None, *, unit: str = "steps"
+) -> Iterator[Callable[..., None]]:
+    """Show a progress bar in a terminal: steps, loss, steps per second, time left.
+
+    Args:
+        what: is done.
+        total: how many steps there are.
+        show: whether to show it; None where there is a terminal.
+        unit: what is counted, if not steps.
+    """
     console = rich.console.Console(stderr=True)
     if show is None:
         show = console.is_terminal
@@ -26,7 +35,7 @@ def progress_bar(what: str, total: int, show: bool | None) -> Iterator[Callable[
 
         def report(steps: int, loss: float | None = None) -> None:
             speed = bar.tasks[0].speed
-            bar.update(task, advance=steps, speed=f"{speed:,.0f} steps/s" if speed else "")
+            bar.update(task, advance=steps, speed=f"{speed:,.0f} {unit}/s" if speed else "")
             if loss is not None:
                 bar.update(task, loss=f"loss {loss:.4g}")
 

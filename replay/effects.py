@@ -1,0 +1,210 @@
+"""What edits of a run have done to a metric, in its own units and in those of numerical noise."""
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from replay.errors import QueryError, printable
+from replay.results import Result
+
+
+class Changes(NamedTuple):
+    """How much of which sample each edit has taken away.
+
+    Attributes:
+        edit: numbers of edits.
+        sample: ids.
+        less: factor of the sample's loss before the edit, minus that after it.
+        samples: how many samples there are.
+        reordered: names of the edits that change the order, of which this tells nothing.
+    """
+
+    edit: np.ndarray
+    sample: np.ndarray
+    less: np.ndarray
+    samples: int
+    reordered: tuple[str, ...]
+
+
+class DatamodelingScore(NamedTuple):
+    """How well scores of samples predict what edits do.
+
+    Attributes:
+        correlation: Spearman's, over the edits, for each component of the metric; NaN where the
+            predictions or the effects are all the same.
+        mean: of those that are numbers.
+    """
+
+    correlation: np.ndarray
+    mean: float
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Counterfactuals:
+    """The answers to many counterfactuals.
+
+    Attributes:
+        dataset: `value`, `effect` and `effect_in_noise` by edit, `null_value` and `null_effect` by
+            null lane, `control` of each batch of lanes, `recorded` and `noise`, the standard
+            deviation of the null effects; all with the dimensions of the metric besides. Effects
+            are those of the lane minus those of the control lane of its own batch.
+            `effect_in_noise` is NaN where all null lanes agree, so that there is no noise to
+            compare with, or where one of them is not finite. `attrs` tell how it was made.
+        confirmed: what real forks of some edits came to, and how far the lanes were off; None
+            where none was asked for.
+        changes: which samples the edits take away.
+    """
+
+    dataset: Result
+    confirmed: Result | None
+    changes: Changes
+
+    @property
+    def value(self) -> Any:
+        """The metric under each edit."""
+        return self.dataset["value"]
+
+    @property
+    def effect(self) -> Any:
+        """The metric under each edit, minus that of the unedited run beside it."""
+        return self.dataset["effect"]
+
+    @property
+    def effect_in_noise(self) -> Any:
+        """The same in standard deviations of what one unit in the last place of a weight does."""
+        return self.dataset["effect_in_noise"]
+
+    def means(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the effects of edits and of null lanes, averaged over a metric's components."""
+        found = [np.asarray(self.dataset[name].values) for name in ("effect", "null_effect")]
+        edits, nulls = (x.reshape(len(x), -1).mean(1) for x in found)
+        return edits, nulls
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """Return the edits with the largest effects, either way; components are averaged.
+
+        Returns:
+            Columns `edit`, `name`, `effect` and `effect_in_noise`, NaN where there is no noise.
+        """
+        effects, nulls = self.means()
+        first = np.argsort(-np.abs(effects), kind="stable")[:k]
+        return pd.DataFrame(
+            {
+                "edit": first,
+                "name": self.dataset["name"].values[first],
+                "effect": effects[first],
+                "effect_in_noise": in_noise(effects[first], nulls.std(ddof=1)),
+            }
+        )
+
+    def lds(self, scores: ArrayLike) -> DatamodelingScore:
+        """Compare scores of samples with what leaving samples out has really done.
+
+        The linear datamodeling score (Park et al., 2023): an edit is predicted to do the sum of the
+        scores of the samples that it leaves out, and the predictions are ranked beside the effects.
+        A factor that is changed in part counts in part.
+
+        Args:
+            scores: `[samples]`, or `[samples, n]` for a metric of n components: by how much the
+                metric is predicted to rise when the sample is left out.
+
+        Raises:
+            QueryError: they have another shape, an edit changes the order, or there are fewer than
+                two edits.
+        """
+        effects = np.asarray(self.effect.values)
+        shape, effects = effects.shape[1:], effects.reshape(len(effects), -1)
+        scores, changes = np.asarray(scores, np.float64), self.changes
+        fits = scores.shape[1:] in ((), (effects.shape[1],))
+        if scores.ndim not in (1, 2) or len(scores) != changes.samples or not fits:
+            raise QueryError(
+                f"the scores have shape {list(scores.shape)}",
+                why=f"there are {changes.samples} samples, and the metric has "
+                f"{effects.shape[1]} component{'s' * (effects.shape[1] != 1)}",
+                fix=f"scores of shape [{changes.samples}] or [{changes.samples}, "
+                f"{effects.shape[1]}]",
+            )
+        if changes.reordered or len(effects) < 2:
+            raise QueryError(
+                f"edit {changes.reordered[0]!r} changes the order"
+                if changes.reordered
+                else f"{len(effects)} edit{'s' * (len(effects) != 1)}",
+                why="scores of samples predict what the weights of samples do, and ranks are "
+                "compared of two edits or more",
+                fix="edits of sample_weights: replay.edits.leave_some_out(samples, k, ...)",
+            )
+        predicted = np.zeros((len(effects), *scores.shape[1:]))
+        less = changes.less.reshape(-1, *[1] * (scores.ndim - 1))
+        np.add.at(predicted, changes.edit, less * scores[changes.sample])
+        predicted = np.broadcast_to(predicted.reshape(len(effects), -1), effects.shape)
+        each = [spearman(*pair) for pair in zip(predicted.T, effects.T, strict=True)]
+        known = [x for x in each if np.isfinite(x)]
+        mean = float(np.mean(known)) if known else float("nan")
+        return DatamodelingScore(np.asarray(each).reshape(shape), mean)
+
+    def df(self) -> pd.DataFrame:
+        """Return a long table: a row for each edit and component of the metric."""
+        columns = ["name", "value", "effect", "effect_in_noise"]
+        return self.dataset[columns].to_dataframe().reset_index()
+
+    @property
+    def plot(self) -> Any:
+        """Draw the effects beside the noise: `found.plot()` returns a matplotlib figure."""
+        # By name: this layer knows nothing of pictures, and matplotlib is an extra.
+        report = importlib.import_module("replay.report")
+        return lambda **options: report.draw_counterfactuals(self, **options)
+
+    def __repr__(self) -> str:
+        attrs, effects = self.dataset.attrs, self.means()[0]
+        lines = [
+            f"{len(effects):,} counterfactuals of {attrs['run']}, steps {attrs['at']:,} to "
+            f"{attrs['until']:,}: {attrs['batches']:,} batches of up to {attrs['lanes']:,} lanes "
+            f"({attrs['form']}), {attrs['seconds']:.1f} s",
+            f"control lanes: {attrs['control_deviation']:.3g} from the recorded metric, "
+            f"{attrs['control_weight_deviation']:.3g} from its weights",
+        ]
+        if attrs["without_noise"]:
+            lines.append(
+                f"null lanes have no spread in {attrs['without_noise']:,} of "
+                f"{attrs['components']:,} components: no units of noise for effects there"
+            )
+        top = self.top(3)
+        columns = (top[name].tolist() for name in ("name", "effect", "effect_in_noise"))
+        for name, effect, noise in zip(*columns, strict=True):
+            known = f", {noise:.3g} of noise" * bool(np.isfinite(noise))
+            lines.append(f"{name}: {effect:+.4g}{known}")
+        return "\n".join(map(printable, lines))
+
+
+def in_noise(effects: np.ndarray, noise: ArrayLike) -> np.ndarray:
+    """Return effects in units of noise, NaN where there is none."""
+    noise = np.broadcast_to(noise, np.shape(effects))
+    return np.divide(effects, noise, out=np.full(np.shape(effects), np.nan), where=noise > 0)
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the rank correlation of two rows of numbers; NaN where one of them never changes.
+
+    >>> spearman(np.array([1.0, 2.0, 2.0, 3.0]), np.array([-5.0, 0.0, 0.0, 99.0]))
+    1.0
+    """
+    ranked = [ranks(x) for x in (a, b)]
+    first, second = (x - x.mean() for x in ranked)
+    scale = np.sqrt((first**2).sum() * (second**2).sum())
+    return float(np.clip((first * second).sum() / scale, -1, 1)) if scale > 0 else float("nan")
+
+
+def ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return ranks from 1, equal values sharing the mean of theirs.
+
+    >>> ranks([30.0, 10.0, 10.0]).tolist()
+    [3.0, 1.5, 1.5]
+    """
+    _, places, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((last - counts + 1 + last) / 2)[places]

@@ -1,7 +1,9 @@
 """Record a JAX training run log-light; ask afterwards what happened, bit for bit."""
 
+from replay import edits
 from replay.api import Run, Step, compute, open, record
 from replay.checkpoints import Checkpoints
+from replay.comparing import compare
 from replay.data import Data
 from replay.errors import (
     DataError,
@@ -19,14 +21,11 @@ from replay.grads.per_sample import per_sample
 from replay.order import Order
 from replay.program import Inputs, Program, State
 from replay.recorder import Recorder
-from replay.replaying import Audit, Divergence
 
 __all__ = [
-    "Audit",
     "Checkpoints",
     "Data",
     "DataError",
-    "Divergence",
     "DivergenceError",
     "Grade",
     "IdentityError",
@@ -42,7 +41,9 @@ __all__ = [
     "Run",
     "State",
     "Step",
+    "compare",
     "compute",
+    "edits",
     "open",
     "per_sample",
     "record",

@@ -2,9 +2,11 @@
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import operator
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,16 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from replay.artifact import KEY_IMPLEMENTATION
+from replay.artifact import KEY_IMPLEMENTATION, load
 from replay.asking import Asking, Subject
 from replay.cache import Cache
+from replay.checkpoints import Checkpoints
+from replay.counterfactuals import NULLS, Trained
+from replay.counterfactuals import counterfactuals as train_lanes
 from replay.data import Data
-from replay.errors import Grade, LogError, OrderError, QueryError, printable
+from replay.edits import Edit
+from replay.effects import Counterfactuals
+from replay.errors import Grade, LogError, OrderError, ProgramError, QueryError, printable
+from replay.fork import create_fork, detach
+from replay.fork import train as train_on
+from replay.frames import of_the_form
 from replay.grads.per_sample import MEMORY
 from replay.grads.reductions import Reduction, TopK
 from replay.grads.stream import check
 from replay.indexes import Indexes, build
 from replay.indexing import NUMBERS
+from replay.influence import LearningRate, states_of, tracin
+from replay.lanes import Functions, archived, of_program
 from replay.log import Log, thin
 from replay.order import Order
 from replay.program import Inputs, Program, State
@@ -108,7 +120,9 @@ def record(
     log = Log(Place(path))
     if log.header.data == "embedded":
         source = _embedded(log, source.tree)
-    return Run(log, source, tree=state_tree(program))
+    run = Run(log, source, tree=state_tree(program))
+    run._program = program
+    return run
 
 
 def open(
@@ -117,6 +131,7 @@ def open(
     program: Program | None = None,
     data: Any = None,
     allow: Sequence[str] = (),
+    parent: str | os.PathLike | None = None,
 ) -> "Run":
     """Open a run, needing nothing of the code that recorded it.
 
@@ -127,13 +142,15 @@ def open(
         data: the samples, for a run that does not hold them; compared with the log.
         allow: custom calls that the archived programs may make besides those of jaxlib; name
             only what you trust.
+        parent: where the parent of a fork lies, if it was moved; compared with the fork's record.
 
     Raises:
-        LogError: there is no run, it is damaged, or it is of a newer format.
+        LogError: there is no run, it is damaged, or it is of a newer format; or it is a fork whose
+            parent is not to be found.
         IdentityError: `program` is not the recorded one.
         DataError: `data` is not the recorded data.
     """
-    log = Log(Place(path))
+    log = Log(Place(path), None if parent is None else Place(parent))
     source = None if data is None else Data.of(data)
     if source is not None and log.header.fingerprint is not None:
         source.check(log.header.fingerprint)
@@ -141,7 +158,10 @@ def open(
         source = _embedded(log, None if source is None else source.tree)
     if program is not None and source is not None:
         check_program(program, log, source)
-    return Run(log, source, tree=None if program is None else state_tree(program), allow=allow)
+    tree = None if program is None else state_tree(program)
+    run = Run(log, source, tree=tree, allow=allow)
+    run._program = program
+    return run
 
 
 class Run(Quantities):
@@ -154,9 +174,20 @@ class Run(Quantities):
         log: the record.
     """
 
-    def __init__(self, log: Log, data: Data | None, *, tree: Any, allow: Sequence[str] = ()):
+    _program: Program | None = None
+
+    def __init__(
+        self,
+        log: Log,
+        data: Data | None,
+        *,
+        tree: Any,
+        allow: Sequence[str] = (),
+        like: Replayer | None = None,
+    ):
         self.log, self._data, self._tree, self._allow = log, data, tree, tuple(allow)
-        self._replayer, self._indexes = Replayer(log, data, allow=allow), Indexes(log)
+        self._replayer = Replayer(log, data, allow=allow, like=like)
+        self._indexes = Indexes(log)
         self._gradients: dict[int, SampleGradients] = {}
         self._others: list[tuple[Any, str, OtherSamples]] = []
         subject = Subject(
@@ -196,6 +227,23 @@ class Run(Quantities):
     def dispatch(self) -> str:
         """`step` or `block`."""
         return "block" if self.log.header.signature.block else "step"
+
+    @property
+    def parent(self) -> "Run | None":
+        """The run that a fork is a fork of; None for a run of its own."""
+        if self.log.parent is None:
+            return None
+        return Run(self.log.parent, self._data, tree=None, allow=self._allow, like=self._replayer)
+
+    @property
+    def forked_at(self) -> int:
+        """The first step that a fork has taken by itself; 0 for a run of its own."""
+        return self.log.first
+
+    @property
+    def edit(self) -> str:
+        """What a fork has changed, as it is shown; empty for a run of its own."""
+        return "" if self.log.header.parent is None else self.log.header.parent.edit
 
     @property
     def order(self) -> Order | None:
@@ -364,13 +412,11 @@ class Run(Quantities):
             LogError, DataError: a file or a batch is not what it was.
             DivergenceError: the replay departs from the run.
         """
-        header = self.log.header
         stop = self.steps if stop is None else stop
-        run_key = jax.random.wrap_key_data(
-            jnp.asarray(header.key, jnp.uint32), impl=KEY_IMPLEMENTATION
-        )
         for replayed in self._replayer.steps(start, stop, exact=exact):
             executed = replayed.executed
+            key = jnp.asarray(self.log.origin(executed.start).header.key, jnp.uint32)
+            run_key = jax.random.wrap_key_data(key, impl=KEY_IMPLEMENTATION)
             inputs = _fold(run_key, np.uint32(executed.start), replayed.ids, replayed.weights)
             yield Step(
                 step=executed.start,
@@ -417,6 +463,104 @@ class Run(Quantities):
             >>> run.samples_at(occurrences["Dense_0"]["kernel"])  # doctest: +SKIP
         """
         check(reductions)
+        wanted = self._neighbours(steps)
+        with progress_bar("reducing", len(wanted), progress) as report:
+            found = reduce(
+                self._replayer,
+                self._of_samples(memory),
+                reductions,
+                wanted,
+                strategy=strategy,
+                exact=exact,
+                progress=report,
+            )
+        pairs = zip(reductions, found.answers, strict=True)
+        return found._replace(answers=tuple(self._answer(*pair) for pair in pairs))
+
+    def tracin(
+        self,
+        source: Any,
+        *,
+        learning_rate: LearningRate,
+        steps: slice | None = None,
+        checkpoints: Sequence[int] | None = None,
+        samples: Any = None,
+        self_influence: bool = False,
+        strategy: str = "factored",
+        memory: int = MEMORY,
+        exact: bool = True,
+        progress: bool | None = None,
+    ) -> Result:
+        """Score how much training on each sample lowered the loss of each other one.
+
+        TracIn in its idealised form (Pruthi et al., 2020): for sample i and other sample j the sum,
+        over the steps t that visited i, of `lr_t * w_i / B * <grad l_i, grad l_j>`, with both
+        gradients at the exact weights of state t and each sample's own key of that step. Where a
+        score is positive, i lowered the loss of j. It is of first order, and made for plain
+        gradient descent: momentum, Adam and weight decay have no part in it. Products are float32,
+        their sums float64. With `batched=True` the loss of j is that in a batch of others, the last
+        of which is filled up with the first sample of them.
+
+        Args:
+            source: the others, such as a test set: anything that `Data.of` takes.
+            learning_rate: a number; `float[steps of the run]`, one for each step; or a function of
+                the step, such as the schedule that the optimizer was given.
+            steps: which steps, without a stride; all by default.
+            checkpoints: states, instead of steps: the usual approximation (TracInCP), where each
+                state counts as one visit of every sample, with weight 1 and `lr_t / B`.
+            samples: ids of the samples to score; by default all that are visited.
+            self_influence: whether to add `self_influence`, each sample's score for itself at the
+                moment of its visits: `lr_t * w_i / B * |grad l_i|^2`, summed.
+            strategy: of gradients: `factored` where a tensor has factors, or `scan`.
+            memory: bytes that the scores may take, and gradients of tensors without factors.
+            exact: raise where the trajectory departs from the log; otherwise tell it as the grade.
+            progress: whether to show a progress bar; by default where there is a terminal.
+
+        Returns:
+            `value float64[sample, test]`, with the ids as coordinates; `visits int64[sample]`, how
+            often each was seen; and `attrs` with rule, grade, learning rate and seconds.
+
+        Raises:
+            ProgramError: the run holds no program for the gradient of one sample.
+            QueryError: a learning rate, a state or a sample that has no meaning.
+            OrderError: no step is left.
+            LogError, DataError, DivergenceError: as `trajectory`.
+
+        Example:
+            >>> scores = run.tracin(test, learning_rate=0.1)  # doctest: +SKIP
+            >>> scores["value"].sel(test=3).to_series().nlargest(10)  # doctest: +SKIP
+            >>> norms = run.sample_grads.norm("weight")  # a score of its own  # doctest: +SKIP
+            >>> norms.groupby("sample").sum().compute()  # doctest: +SKIP
+        """
+        return tracin(
+            self.log,
+            self._replayer,
+            self._of_samples(memory),
+            self._data,
+            of_the_form(self.log, source),
+            learning_rate=learning_rate,
+            steps=self._neighbours(steps),
+            states=None if checkpoints is None else self._states(checkpoints, steps),
+            samples=samples,
+            own=self_influence,
+            way=strategy,
+            memory=memory,
+            exact=exact,
+            progress=progress,
+        )
+
+    def _states(self, checkpoints: Sequence[int], steps: slice | None) -> list[int]:
+        """Return states in rising order, to look at all samples in."""
+        if steps is not None:
+            raise QueryError(
+                "both steps and checkpoints are given",
+                why="at a checkpoint all samples are looked at, whichever step visits them",
+                fix="one of the two",
+            )
+        return states_of(checkpoints, self.steps)
+
+    def _neighbours(self, steps: slice | None) -> range:
+        """Return steps that follow each other."""
         start, stop, stride = (steps or slice(None)).indices(self.steps)
         if stride != 1 or stop <= start:
             raise OrderError(
@@ -424,18 +568,7 @@ class Run(Quantities):
                 why="samples are reduced in the order in which they were trained on",
                 fix="a slice of at least one step, without a stride",
             )
-        with progress_bar("reducing", stop - start, progress) as report:
-            found = reduce(
-                self._replayer,
-                self._of_samples(memory),
-                reductions,
-                range(start, stop),
-                strategy=strategy,
-                exact=exact,
-                progress=report,
-            )
-        pairs = zip(reductions, found.answers, strict=True)
-        return found._replace(answers=tuple(self._answer(*pair) for pair in pairs))
+        return range(start, stop)
 
     def map(
         self,
@@ -636,6 +769,233 @@ class Run(Quantities):
             damage=tuple(self.log.damage()) if total == self.steps else (),
         )
 
+    def fork(
+        self,
+        path: str | os.PathLike,
+        edit: Edit | None = None,
+        *,
+        at: int,
+        train: bool = True,
+        until: int | None = None,
+        checkpoints: Checkpoints | int | None = None,
+        progress: bool | None = None,
+        **changes: Any,
+    ) -> "Run":
+        """Train on from a past state with one thing changed: what would have happened?
+
+        The fork is a run of its own, which shares the log of this one up to state `at` by
+        reference (nothing is copied) and keeps what differs. Edits of the order and of sample
+        weights run this run's own programs; without an edit the fork repeats it bit for bit.
+
+        Args:
+            path: where the fork is to lie; not in this run.
+            edit: what is changed; or its fields by name: `order=`, `sample_weights=`, `optimizer=`,
+                `key=`, `params=`, as for `replay.edits.Edit`.
+            at: the first step that may be another, from 0 to `run.steps`.
+            train: take the remaining steps now; otherwise `resume` does.
+            until: a state to stop at; the end of the order by default.
+            checkpoints: as for `Recorder`; by default as far apart as in this run.
+            progress: whether to show a progress bar; by default where there is a terminal.
+            **changes: the fields of an `Edit`.
+
+        Returns:
+            The fork, open.
+
+        Raises:
+            OrderError: the run has no such state, or the order does not agree with it before `at`.
+            DataError: weights of samples that do not exist, or do not occur from `at` on.
+            ProgramError: an optimizer whose state does not fit, weights of other shapes.
+            LogError: the path is taken.
+
+        Example:
+            `run.fork("runs/b", at=280, order=lambda order: order.reversed(9))`
+        """
+        edit = _edit(edit, changes)
+        place = Place(path)
+        tree = create_fork(
+            self.log, self._replayer, place, at, edit, tree=self._tree, allow=self._allow
+        )
+        log = Log(place, self.log.place)
+        source = self._data
+        if log.header.data == "embedded":
+            source = _embedded(log, None if source is None else source.tree)
+        fork = Run(log, source, tree=tree, allow=self._allow, like=self._replayer)
+        fork._program = self._program if edit.optimizer is None else None
+        if train:
+            fork.resume(until=until, checkpoints=checkpoints, progress=progress)
+        return fork
+
+    def counterfactuals(
+        self,
+        edits: Sequence[Edit],
+        *,
+        at: int = 0,
+        until: int | None = None,
+        metric: Any = None,
+        lanes: int | None = None,
+        memory: int = MEMORY,
+        confirm: int | Sequence[int] = 0,
+        nulls: int = NULLS,
+        seed: int = 0,
+        form: str | None = None,
+        exact: bool = True,
+        cache: bool = True,
+        progress: bool | Callable[[int, int], None] | None = None,
+    ) -> Counterfactuals:
+        """Train the rest of the run anew under each of many edits: what did each of them matter?
+
+        Edits become lanes, and lanes are trained in batches. Every batch carries the unedited run
+        as its control lane, and effects are differences to it. Null lanes, spread over the batches,
+        differ from it by one unit in the last place of one weight at state `at`, drawn by `seed`
+        among those that are not 0: their spread is the noise that `effect_in_noise` is told in.
+
+        There are two forms. On a CPU lanes are trained one after the other, in one call for each
+        batch of them, by the archived programs of the run (`map`): for most models with the very
+        bits that a fork has. Elsewhere they are trained side by side (`vmap`), with bits of their
+        own, and the run has to be opened with `program=`, as archived programs support no `vmap`.
+        How far the control lanes end from the run is in `attrs` of the answer.
+
+        What each batch of lanes has come to is kept in the run's cache: the same call goes on where
+        it was interrupted, to the same numbers.
+
+        Args:
+            edits: of the order and of sample weights; `run.fork` takes others.
+            at: the first step that may be another.
+            until: the state at which all are compared; the last by default.
+            metric: `metric(params) -> scalar or array`, a JAX function; or samples, such as a test
+                set, for the loss of each, with the key that it has at state `until`. By default the
+                mean loss of at most 1,024 samples of the training data, evenly spread.
+            lanes: in a batch, the control lane included; by default as many as are fast and fit.
+            memory: bytes that the batches which are under way at once may take.
+            confirm: how many of the edits to run again as real forks: those with the largest
+                effects to one half, the rest drawn by `seed`; or a sequence of their numbers.
+            nulls: how many null lanes, at least 16.
+            seed: of what is drawn.
+            form: `map` or `vmap`, if not that of the platform.
+            exact: raise where the replay of state `at` or `until` departs from the log.
+            cache: keep batches of lanes in the run, and take them from there.
+            progress: whether to show a progress bar; or `progress(lanes done, lanes in all)`,
+                called after each batch.
+
+        Returns:
+            Value, effect and effect in units of noise of each edit; `top`, `lds`, `plot`.
+
+        Raises:
+            QueryError: an edit of what lanes share, or an option that has no meaning.
+            OrderError, DataError: an edit that does not fit the run; the message names it.
+            ProgramError: with `vmap`, the run was opened without `program=`; or the program cannot
+                tell losses, and there is no `metric`.
+            LogError, DivergenceError: as `state`.
+
+        Example:
+            `run.counterfactuals(replay.edits.leave_one_out(range(500)), metric=test).top(10)`
+        """
+        trained = Trained(
+            self.path,
+            self.log,
+            self._data,
+            lambda state: self._replayer.state(state, exact=exact),
+            lambda raw: self._lift(raw).params,
+            self._functions,
+            self._forked,
+        )
+        return train_lanes(
+            trained,
+            edits,
+            at=at,
+            until=until,
+            metric=metric,
+            lanes=lanes,
+            memory=memory,
+            confirm=confirm,
+            nulls=nulls,
+            seed=seed,
+            form=form,
+            cache=cache,
+            progress=progress,
+        )
+
+    def _functions(self, form: str) -> Functions:
+        """Return what lanes are made of."""
+        signature = self.log.header.signature
+        if form == "map":
+            names = self.log.header.programs
+            return archived(
+                lambda name: load(name, self.log.program(name), signature, allow=self._allow),
+                signature,
+                names,
+            )
+        if self._program is None:
+            raise ProgramError(
+                f"{self.path} was opened without its program",
+                why="lanes side by side are made by vmap, which archived programs do not support",
+                fix=f"replay.open({self.path!r}, program=program); on a CPU also form='map'",
+            )
+        return of_program(self._program, self._lift, self._batch)
+
+    def _forked(self, edit: Edit, at: int, until: int) -> Sequence[np.ndarray]:
+        """Return the raw leaves of a state of a fork that is trained for it alone."""
+        with tempfile.TemporaryDirectory() as folder:
+            fork = self.fork(os.path.join(folder, "fork"), edit, at=at, until=until, progress=False)
+            return fork._replayer.state(until)
+
+    def resume(
+        self,
+        *,
+        until: int | None = None,
+        checkpoints: Checkpoints | int | None = None,
+        on_log_error: str = "warn",
+        progress: bool | None = None,
+    ) -> None:
+        """Take the steps that are left, by the archived programs: the code is not needed.
+
+        For forks, and for any run whose recording ended before its order. Expressions made before
+        know nothing of the new steps.
+
+        Args:
+            until: a state to stop at; the end of the order by default.
+            checkpoints: as for `Recorder`; by default as far apart as they are.
+            on_log_error: as for `Recorder`.
+            progress: whether to show a progress bar; by default where there is a terminal.
+
+        Raises:
+            OrderError: the run was fed, or has no such state.
+            DataError: the run does not hold its data, and was not given it.
+            LogError: somebody else records it, or it cannot be written.
+        """
+        order = self.order
+        total = 0 if order is None else (len(order) if until is None else until) - self.steps
+        with progress_bar("training", max(total, 0), progress) as report:
+            try:
+                train_on(
+                    self.log,
+                    self._replayer,
+                    self._data,
+                    until=until,
+                    checkpoints=checkpoints,
+                    on_log_error=on_log_error,
+                    progress=report,
+                )
+            finally:
+                self._reopen()
+
+    def _reopen(self) -> None:
+        """Read again what the journal vouches for; who was asked before knows what it knew."""
+        parent = None if self.log.parent is None else self.log.parent.place
+        log = Log(self.log.place, parent)
+        self.__init__(log, self._data, tree=self._tree, allow=self._allow, like=self._replayer)
+
+    def detach(self) -> int:
+        """Copy into a fork what it needs of its parent; return the bytes that were copied.
+
+        Raises:
+            LogError: it is no fork, or cannot be written.
+        """
+        copied = detach(self.log)
+        self.log = Log(self.log.place)
+        self._reopen()
+        return copied
+
     def thin(self, keep: int) -> list[int]:
         """Give up stored states, so that about `keep` evenly spread ones are left.
 
@@ -655,14 +1015,12 @@ class Run(Quantities):
             )
         with self.log.place.lock():
             # Others may have thinned, or recorded on, since this run was opened.
-            self.log = Log(self.log.place)
-            self._replayer = Replayer(self.log, self._data, allow=self._allow)
-            self._indexes = Indexes(self.log)
+            self._reopen()
             stored = self.checkpoints
             targets = np.linspace(0, self.steps, keep)
             nearest = {min(stored, key=lambda s, t=target: abs(s - t)) for target in targets}
             dropped = thin(self.log, sorted(nearest))
-            self._indexes = Indexes(self.log)
+            self._reopen()
             return dropped
 
     def __repr__(self) -> str:
@@ -670,8 +1028,9 @@ class Run(Quantities):
         header, durable = self.log.header, self.log.durable
         state = "closed" if durable.closed else "not closed"
         indexed = f", index of {' and '.join(self.indexes)}" if self.indexes else ""
+        forked = f"fork at step {self.forked_at:,} ({self.edit}), " if self.edit else ""
         return printable(
-            f"<Run {self.path}: {header.name}, {self.steps:,} steps ({state}), "
+            f"<Run {self.path}: {header.name}, {forked}{self.steps:,} steps ({state}), "
             f"{weights:,} weights in {len(self.tensors)} tensors, "
             f"{len(durable.checkpoints)} stored states{indexed}, {self.grade}>"
         )
@@ -766,6 +1125,18 @@ def compute(
         cache=cache,
         index=index,
     )
+
+
+def _edit(edit: Edit | None, changes: Mapping[str, Any]) -> Edit:
+    known = [field.name for field in dataclasses.fields(Edit)]
+    strange = sorted(set(changes) - set(known))
+    if strange or (edit is not None and changes):
+        raise OrderError(
+            f"a fork has no {', '.join(strange)}" if strange else "a fork was given two edits",
+            why=f"an edit changes {', '.join(known[:-1])}",
+            fix="run.fork(path, at=280, order=...), or run.fork(path, edit, at=280)",
+        )
+    return Edit(**changes) if edit is None else edit
 
 
 def _sql() -> Any:

@@ -15,24 +15,29 @@ import re
 import socket
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import jax
 import numpy as np
 import pandas as pd
 import rich.box
 import rich.console
 import rich.table
+import rich.tree
 import tyro
 from rich.filesize import decimal
 from rich.text import Text
 
 from replay import demo, questions, report
 from replay.api import Run, open
+from replay.comparing import compare
 from replay.errors import DataError, Grade, LogError, ReplayError, printable
 from replay.identity import sha256
-from replay.log import HEADER, JOURNAL
+from replay.log import HEADER, JOURNAL, Header, glance
+from replay.order import Order
 from replay.replaying import Audit
+from replay.store import Place
 from replay.tree import lower, nest, paths
 
 _STYLES = {Grade.BITWISE: "green", Grade.NUMERIC: "yellow", Grade.FAILED: "red"}
@@ -78,11 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_demo(directory: pathlib.Path = pathlib.Path("runs")) -> int:
     """Record a small training and replay it in a process that lacks its code.
 
-    A convolutional network learns scikit-learn's digits, twice, in two orders. Then another
-    process, to which the code of the network is barred, audits the run, asks for a state that was
-    never stored, and asks all questions of `replay ask`. The runs are DIRECTORY/digits and
-    digits-reordered, the pictures are in digits.html, or digits-2 where that exists, and so on:
-    nothing is ever overwritten. Exits with 1 unless the audit is BITWISE.
+    A convolutional network learns scikit-learn's digits. Then another process, to which the code of
+    the network is barred, audits the run, asks for a state that was never stored, asks all
+    questions of `replay ask`, and trains the second half again in another order, as a fork. The
+    runs are DIRECTORY/digits and digits-reordered, the pictures are in digits.html, or digits-2
+    where that exists, and so on: nothing is ever overwritten. Exits with 1 unless the audit is
+    BITWISE.
 
     Example: replay demo --directory runs
 
@@ -107,12 +113,7 @@ def ls(
     Args:
         directory: where to look
     """
-    if not directory.is_dir():
-        raise LogError(
-            f"{directory} is not a directory",
-            why="runs are looked for below a directory",
-            fix="replay ls DIR, with a directory that holds runs",
-        )
+    _check_directory(directory)
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for name in ("run", "program"):
         table.add_column(name, overflow="fold")
@@ -174,6 +175,7 @@ def show(run: _Where) -> int:
         "loss": _losses(recorded),
         "batches": f"{header.signature.batch_size:,} samples each",
         "order": _plain(recorded.order or "as fed"),
+        **_forked(recorded),
         "data": _plain(header.data),
         "stored states": _states(recorded),
         "recorded with": _plain(", ".join(f"{k} {v}" for k, v in header.environment.items())),
@@ -275,6 +277,145 @@ def plot(run: _Where, out: pathlib.Path = pathlib.Path("loss.png")) -> int:
     _check_format(out)
     report.plot_loss(open(run)).savefig(out, dpi=150)
     _say(f"the picture is in {out}")
+    return 0
+
+
+@app.command
+def fork(
+    run: _Where,
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FORK")] = "",
+    at: int = 0,
+    swap: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="A B")] = None,
+    drop: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SAMPLES")] = (),
+    refill: bool = False,
+    reverse: Annotated[str, tyro.conf.arg(metavar="EPOCH|all")] = "",
+    reshuffle: Annotated[str, tyro.conf.arg(metavar="EPOCH|all")] = "",
+    seed: int = 0,
+    weigh: Annotated[_Pairs, tyro.conf.arg(metavar="SAMPLE=FACTOR")] = (),
+    set: Annotated[_Pairs, tyro.conf.arg(metavar="NAME=VALUE")] = (),
+    key: int | None = None,
+    until: int | None = None,
+    no_train: bool = False,
+    detach: bool = False,
+    parent: str | None = None,
+    data: _Samples = None,
+) -> int:
+    """Train again from a past state with one thing changed, without the code of the run.
+
+    The fork shares the log of the run up to that state; nothing is copied. Without a change it
+    repeats the run bit for bit. With --detach, RUN is a fork that is made independent of its
+    parent.
+
+    Example: replay fork runs/digits runs/swapped --at 100 --swap 100 101
+
+    Args:
+        run: the run directory, or the URL of a key-value store
+        path: where the fork is to lie
+        at: the first step that is taken anew
+        swap: two steps whose batches are exchanged
+        drop: samples that are left out: by weight 0, so that batches stay as they are
+        refill: let later samples of the epoch move up where samples are dropped
+        reverse: turn the order of an epoch around, or of all that is left
+        reshuffle: shuffle an epoch, or all that is left, by --seed
+        seed: of the shuffling
+        weigh: another factor of the loss of a sample; may be given several times
+        set: another value of a hyperparameter that the optimizer state holds
+        key: the seed of another key: other dropout, in the same order
+        until: a state to stop at
+        no_train: only create it; later `replay fork FORK` trains it
+        detach: copy into the fork RUN what it needs of its parent
+        parent: where the parent of the fork RUN lies, if it was moved
+        data: the samples of a run that does not hold them, as numpy.savez(FILE, x=..., y=...) does
+    """
+    recorded = _open_with(run, data, parent=parent)
+    if detach:
+        copied = recorded.detach()
+        _say(f"{recorded.path} is independent of its parent: {decimal(copied)} copied")
+        return 0
+    if not path:
+        recorded.resume(until=until)
+        _say(repr(recorded))
+        return 0
+
+    def edited(order: Order) -> Order:
+        if swap is not None:
+            order = order.swap(*swap)
+        if drop and refill:
+            order = order.drop(drop, refill=True)
+        if reverse:
+            order = order.reversed(_epoch("reverse", reverse))
+        if reshuffle:
+            order = order.shuffled_again(_epoch("reshuffle", reshuffle), seed)
+        return order
+
+    factors = {
+        _number("weigh", name, int): value for name, value in _numbers("weigh", weigh).items()
+    }
+    factors |= {} if refill else dict.fromkeys(drop, 0.0)
+    hyperparameters = _numbers("set", set)
+    reordered = swap is not None or reverse or reshuffle or (drop and refill)
+    made = recorded.fork(
+        path,
+        at=at,
+        order=edited if reordered else None,
+        sample_weights=factors or None,
+        optimizer=hyperparameters or None,
+        key=None if key is None else jax.random.key(key),
+        until=until,
+        train=not no_train,
+    )
+    _say(repr(made))
+    return 0
+
+
+@app.command
+def tree(
+    directory: Annotated[
+        pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")
+    ] = pathlib.Path("."),
+) -> int:
+    """Draw the families of runs below a directory: which run is a fork of which, and what changed.
+
+    Example: replay tree runs
+
+    Args:
+        directory: where to look
+    """
+    _check_directory(directory)
+    runs: dict[str, tuple[str, Header, int]] = {}
+    unreadable = []
+    for folder in _runs_below(directory):
+        name = str(folder.relative_to(directory) if folder != directory else folder)
+        try:
+            seen = glance(Place(folder))
+        except ReplayError as error:
+            unreadable.append(f"{name} cannot be opened: {error.what}")
+            continue
+        runs[seen.identity] = (name, seen.header, seen.steps)
+    families = rich.tree.Tree(_plain(directory), guide_style="dim")
+
+    def grow(branch: rich.tree.Tree, identity: str) -> None:
+        name, header, steps = runs[identity]
+        parent = header.parent
+        if parent is None:
+            words = f"{header.name}, {steps:,} of {header.steps:,} steps"
+        else:
+            words = f"from step {parent.step:,}: {parent.edit}; {steps:,} of {header.steps:,} steps"
+            if parent.run not in runs:
+                words += f"; its parent is not here, but at {parent.path}"
+        twig = branch.add(Text.assemble((_plain(name), "bold"), _plain(f"  {words}")))
+        for other, (_, theirs, _) in runs.items():
+            if theirs.parent is not None and theirs.parent.run == identity:
+                grow(twig, other)
+
+    for identity, (_, header, _) in runs.items():
+        if header.parent is None or header.parent.run not in runs:
+            grow(families, identity)
+    if runs:
+        _console().print(families)
+    elif not unreadable:
+        _say(f"there are no runs below {directory}")
+    _say(*unreadable)
     return 0
 
 
@@ -418,20 +559,78 @@ def ask(
         _say(*(f"  {line}" for line in asked.explain().splitlines()))
         return 0
     for table in asked.tables():
-        _say(table.title, style="bold")
-        if table.rows:
-            shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-            for name in table.columns:
-                words = name in table.words
-                justify = "left" if words else "right"
-                shown.add_column(name, justify=justify, overflow="fold", no_wrap=not words)
-            for row in table.rows:
-                shown.add_row(*map(_plain, row))
-            _console().print(shown)
+        _show_table(table)
     _say(asked.footing)
     if question.plot is not None:
         report.draw_question(asked).savefig(question.plot, dpi=150)
         _say(f"the picture is in {question.plot}")
+    return 0
+
+
+def _show_table(table: questions.Table) -> None:
+    _say(table.title, style="bold")
+    if not table.rows:
+        return
+    shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for name in table.columns:
+        words = name in table.words
+        justify = "left" if words else "right"
+        shown.add_column(_plain(name), justify=justify, overflow="fold", no_wrap=not words)
+    for row in table.rows:
+        shown.add_row(*map(_plain, row))
+    _console().print(shown)
+
+
+@app.command(name="compare")
+def compare_runs(
+    runs: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN [RUN ...]")
+    ],
+    state: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
+    top: int = 10,
+    train: int = 2000,
+    test: _Samples = None,
+    logits: str = "logits",
+    explain: bool = False,
+    plot: _Picture = None,
+    data: _Samples = None,
+) -> int:
+    """Compare runs of one architecture: where they part, how far apart they are, what each learned.
+
+    The first run is the reference. Without --state they are compared at the states that it has
+    stored. What differs first is read from the logs; nothing is replayed for it.
+
+    Example: replay compare runs/digits runs/digits --state 60
+
+    Args:
+        runs: two run directories or more, or URLs of key-value stores
+        state: compare at this state only, stored or not; -1 is the last that all have
+        top: how many samples whose losses differ most are listed
+        train: how many training samples all are tested on, evenly spaced; 0 for none
+        test: held-out samples, as numpy.savez(FILE, x=..., y=...) writes them
+        logits: the name of the activations whose largest tells a class, for the accuracy
+        explain: print what the answer would take, and replay nothing
+        plot: draw the answer, too; an earlier picture is replaced
+        data: the samples of runs that do not hold them, as numpy.savez(FILE, x=..., y=...) does
+    """
+    if plot is not None:
+        _check_target(plot, replace=True)
+        _check_format(plot)
+    held_out = None if test is None else _read_samples(test)
+    opened = [_open_with(run, data) for run in runs]
+    found = compare(*opened, states=state, train=train, test=held_out, logits=logits)
+    if explain:
+        _say(*found.explain().splitlines())
+        return 0
+    for name, parting in found.partings.items():
+        _say(f"{found.names[0]} and {name}: {parting}")
+    _say(*[found.note] * bool(found.note))
+    for table in found.tables(top)[1:]:
+        _show_table(table)
+    _say(found.footing)
+    if plot is not None:
+        found.plot(plot)
+        _say(f"the picture is in {plot}")
     return 0
 
 
@@ -602,10 +801,14 @@ def cache(
     return 0
 
 
-def _open_with(run: str, data: pathlib.Path | None) -> Run:
+def _open_with(run: str, data: pathlib.Path | None, **options: Any) -> Run:
     """Open a run, with its samples from a file of numpy's where one is given."""
-    if data is None:
-        return open(run)
+    samples = {} if data is None else {"data": _read_samples(data)}
+    return open(run, **samples, **options)
+
+
+def _read_samples(data: pathlib.Path) -> Any:
+    """Read samples from a file of numpy's."""
     try:
         with data.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
@@ -617,8 +820,7 @@ def _open_with(run: str, data: pathlib.Path | None) -> Run:
             why="samples are read from what numpy writes, one array for each leaf, by its path",
             fix='numpy.savez("data.npz", x=..., y=...), or numpy.save for a single array',
         ) from error
-    named = isinstance(loaded, dict)
-    return open(run, data=nest(list(loaded), list(loaded.values())) if named else loaded)
+    return nest(list(loaded), list(loaded.values())) if isinstance(loaded, dict) else loaded
 
 
 def _pairs(option: str, given: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -631,6 +833,29 @@ def _pairs(option: str, given: Sequence[str]) -> Iterator[tuple[str, str]]:
                 fix=f"--{option} name=value",
             )
         yield name, value
+
+
+def _numbers(option: str, given: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for pair in given:
+        name, _, value = pair.partition("=")
+        found[name] = _number(option, value, float)
+    return found
+
+
+def _epoch(option: str, text: str) -> int | None:
+    return None if text == "all" else _number(option, text, int)
+
+
+def _number(option: str, text: str, kind: Callable[[str], Any]) -> Any:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ReplayError(
+            f"--{option}: {text!r} is not a number",
+            why="an edit is said by numbers",
+            fix="such as --weigh 17=0.5, --set learning_rate=0.01, --reverse 9",
+        ) from error
 
 
 def _table(file: pathlib.Path) -> Any:
@@ -702,6 +927,15 @@ def _check_target(out: pathlib.Path, *, replace: bool) -> None:
             f"{out.parent} is not a directory that can be written",
             why=f"{out.name} is to go there",
             fix=f"mkdir -p {out.parent}, or name another file",
+        )
+
+
+def _check_directory(directory: pathlib.Path) -> None:
+    if not directory.is_dir():
+        raise LogError(
+            f"{directory} is not a directory",
+            why="runs are looked for below a directory",
+            fix="replay ls DIR, with a directory that holds runs",
         )
 
 
@@ -802,6 +1036,14 @@ def _states(run: Run) -> str:
     names = list(map(str, run.checkpoints))
     shown = names if len(names) <= 12 else [*names[:8], "...", *names[-3:]]
     return f"{len(names):,} ({', '.join(shown)})"
+
+
+def _forked(run: Run) -> dict[str, str]:
+    """Return the line of `show` that says what a fork is a fork of."""
+    if run.log.parent is None:
+        return {}
+    parent = run.log.parent.place
+    return {"fork of": _plain(f"{parent} from step {run.forked_at:,} on: {run.edit}")}
 
 
 def _losses(run: Run) -> str:

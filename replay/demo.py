@@ -31,7 +31,7 @@ import rich.progress
 import rich.table
 from rich.filesize import decimal
 
-from replay import questions, report
+from replay import comparing, questions, report
 from replay.api import Run, open
 from replay.errors import Grade, ReplayError
 from replay.order import Order
@@ -39,9 +39,6 @@ from replay.program import Program
 from replay.recorder import Recorder
 
 BATCH_SIZE = 64
-
-# How much of the training is recorded again, in another order.
-OTHER_EPOCHS = 3
 
 # What the second process cannot import: the code of the training, and what that code needs.
 BARRED = ("replay.demo", "flax", "sklearn")
@@ -51,8 +48,8 @@ def main(directory: str | os.PathLike, *, epochs: int = 20) -> int:
     """Record a training, question it in another process, and print what was found.
 
     Args:
-        directory: where the runs and the page of pictures go, as `digits`, `digits-reordered` and
-            `digits.html`, or `digits-2` and so on if that exists.
+        directory: where the run, its fork and the page of pictures go, as `digits`,
+            `digits-reordered` and `digits.html`, or `digits-2` and so on if that exists.
         epochs: passes over the 1,438 training samples, 22 steps each.
 
     Returns:
@@ -74,8 +71,6 @@ def main(directory: str | os.PathLike, *, epochs: int = 20) -> int:
     other = path.with_name(f"{path.name}-reordered")
     console.print(f"recording {path}", soft_wrap=True)
     rows = record_digits(path, epochs)
-    console.print(f"recording {other}, the same in another order", soft_wrap=True)
-    record_digits(other, epochs, seed=1, stop=min(epochs, OTHER_EPOCHS))
     console.print(f"asking a process that cannot import {', '.join(BARRED)}", soft_wrap=True)
     answers, shown = ask_elsewhere(path, other)
     page = path.with_name(f"{path.name}.html")
@@ -94,21 +89,11 @@ def main(directory: str | os.PathLike, *, epochs: int = 20) -> int:
 # ------------------------------------------------------------------------------- the training
 
 
-def record_digits(
-    path: pathlib.Path, epochs: int, *, seed: int = 0, stop: int | None = None
-) -> dict[str, str]:
-    """Train a small convolutional network with dropout on handwritten digits, and record it.
-
-    Args:
-        path: where the run goes.
-        epochs: of the whole training, whose length the learning rate follows.
-        seed: of the order.
-        stop: record only so many epochs.
-    """
+def record_digits(path: pathlib.Path, epochs: int) -> dict[str, str]:
+    """Train a small convolutional network with dropout on handwritten digits, and record it."""
     train, test = _digits()
-    order = Order.shuffled(BATCH_SIZE, epochs, seed=seed).bind(len(train["label"]))
+    order = Order.shuffled(BATCH_SIZE, epochs, seed=0).bind(len(train["label"]))
     each = len(order) // epochs
-    steps = each * (stop or epochs)
     network = _network()
 
     def loss(apply, example):
@@ -127,10 +112,10 @@ def record_digits(
         network, loss, optax.adamw(rate), train["image"][0], train=False, name="digits"
     )
     begun = time.perf_counter()
-    options = {"key": jax.random.key(0), "checkpoints": 100, "self_test": stop is None}
+    options: dict[str, Any] = {"key": jax.random.key(0), "checkpoints": 100}
     with Recorder(path, program, train, order, **options) as recorder, _progress() as bar:
-        task = bar.add_task("recording", total=steps, accuracy=0.0)
-        while recorder.step < steps and recorder.advance(each):
+        task = bar.add_task("recording", total=len(order), accuracy=0.0)
+        while recorder.advance(each):
             found = float(accuracy(recorder.params))
             recorder.log(test_accuracy=found)
             bar.update(task, completed=recorder.step, accuracy=found)
@@ -214,27 +199,27 @@ def state_never_stored(run: Run) -> dict[str, str]:
 QUESTIONS = (audit, state_never_stored)
 
 
-def which_samples(run: Run, other: Run) -> questions.Question:
+def reordered(run: Run, path: str) -> Run:
+    """Train the second half again, by the archived program, with its samples in another order."""
+    return run.fork(path, at=run.steps // 2, order=lambda order: order.shuffled_again(None, 1))
+
+
+def which_samples(run: Run) -> questions.Question:
     """Which samples changed the weights most in an epoch?"""
     return questions.samples(run, epoch=min(3, run.steps // 22 - 1), top=5, tensor="Dense_*")
 
 
-def which_weights(run: Run, other: Run) -> questions.Question:
+def which_weights(run: Run) -> questions.Question:
     """Which weights changed most over the training?"""
     return questions.weights(run, top=20)
 
 
-def another_order(run: Run, other: Run) -> questions.Question:
-    """How far does another order of the samples lead away?"""
-    return questions.compare(run, other)
-
-
-def large_gradients(run: Run, other: Run) -> questions.Question:
+def large_gradients(run: Run) -> questions.Question:
     """Which samples came last before the gradients became large?"""
     return questions.explosion(run, threshold=0.03, last=10)
 
 
-def weight_to_zero(run: Run, other: Run) -> questions.Question:
+def weight_to_zero(run: Run) -> questions.Question:
     """Which samples led a weight to zero, and how much did each of them do?"""
     first, last = (np.asarray(run.state(at).params["Dense_1"]["kernel"]) for at in (0, run.steps))
     place = int(np.argmin(first * last))  # that which went furthest to the other side
@@ -244,7 +229,6 @@ def weight_to_zero(run: Run, other: Run) -> questions.Question:
 PICTURES = (
     which_samples,
     which_weights,
-    another_order,
     large_gradients,
     weight_to_zero,
 )
@@ -275,9 +259,19 @@ def encoded(figure: Any) -> str:
 
 
 def sections(run: Run, other: Run, makes: Sequence[Callable]) -> list[dict[str, Any]]:
-    """Answer all questions of the page, one after the other."""
+    """Answer all questions of the page, and compare the run with its fork."""
     losses = {"title": "The training", "picture": encoded(report.plot_loss(run))}
-    return [losses, *(section(str(make.__doc__), make(run, other)) for make in makes)]
+    both, at = comparing.compare(run, other, names=("recorded", "reordered")), str(other.forked_at)
+    words = ["fork", run.path, other.path, "--at", at, "--reshuffle", "all", "--seed", "1"]
+    forked = {
+        "title": "What if the second half had come in another order?",
+        "command": f"replay {shlex.join(words)} && "
+        f"replay {shlex.join(['compare', run.path, other.path])}",
+        "tables": both.tables(),
+        "footing": f"{other.edit} from step {other.forked_at:,} on; {both.footing}",
+        "picture": encoded(both.plot()),
+    }
+    return [losses, *(section(str(make.__doc__), make(run)) for make in makes), forked]
 
 
 _ELSEWHERE = """
@@ -289,14 +283,14 @@ for name in {barred!r}:
     sys.modules[name] = None
 import numpy as np
 import optax
-from replay import questions, report
+from replay import comparing, questions, report
 from replay.api import Run, open
 {sources}
 run, other = open({run!r}), {other!r}
 rows = {{}}
 for question in ({names}):
     rows |= question(run)
-shown = [] if other is None else sections(run, open(other), ({pictures}))
+shown = [] if other is None else sections(run, reordered(run, other), ({pictures}))
 print(json.dumps([rows, shown]))
 """
 
@@ -308,7 +302,7 @@ def ask_elsewhere(
 
     Args:
         path: the run.
-        other: another run to compare it with; without one, nothing is drawn.
+        other: where its fork is to lie, which is compared with it; without it, nothing is drawn.
 
     Returns:
         Rows for the table, and sections of the page.
@@ -320,7 +314,7 @@ def ask_elsewhere(
         path=[os.path.abspath(folder) for folder in sys.path],
         barred=BARRED,
         sources="\n".join(
-            map(inspect.getsource, (*QUESTIONS, *PICTURES, section, encoded, sections))
+            map(inspect.getsource, (*QUESTIONS, reordered, *PICTURES, section, encoded, sections))
         ),
         names="".join(f"{question.__name__}, " for question in QUESTIONS),
         pictures="".join(f"{make.__name__}, " for make in PICTURES),

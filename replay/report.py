@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike
 
 from replay import questions
 from replay.api import Run
+from replay.comparing import Comparison
+from replay.effects import Counterfactuals
 from replay.errors import ReplayError
 from replay.questions import Question
 from replay.results import Result
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 # Colours that stay apart for colour-blind readers (Okabe and Ito, 2008).
 _LOSS, _BAD, _GREY = "#0072b2", "#d50000", "#8a8a8a"
 _METRICS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+
+# Of several runs, the reference first.
+_RUNS = (_LOSS, *_METRICS)
+_APART, _MOST_RUNS = "#404040", len(_RUNS)
 
 _LEGEND = {"loc": "best", "fontsize": "small", "edgecolor": "none", "framealpha": 0.85}
 
@@ -234,6 +240,58 @@ def draw_result(result: Result, *, width: float = 9.0) -> "Figure":
     rest = len(panels) - len(shown)
     more = f"; {rest:,} more tensors are not drawn" if rest > 0 else ""
     _head(picture, _describe(result), f"{_footing(result)}{more}")
+    return picture
+
+
+def draw_counterfactuals(
+    found: Counterfactuals, *, largest: int = 10, width: float = 9.0
+) -> "Figure":
+    """Draw how far the effects of edits stand out from noise, and name the largest.
+
+    Effects on a metric of several components are averaged over them.
+
+    Args:
+        found: the answers.
+        largest: how many effects are named.
+        width: of the figure, in inches.
+
+    Raises:
+        ReplayError: matplotlib is not installed.
+    """
+    (effects, nulls), attrs = found.means(), found.dataset.attrs
+    noise, top = float(nulls.std(ddof=1)), found.top(largest)
+    picture = _figure(width, 3.6 + 0.28 * len(top))
+    heights = [2.2, 0.6 + 0.28 * len(top)]
+    above, below = picture.subplots(2, 1, height_ratios=heights)
+    _plain_axes(above)
+    unit = noise if noise > 0 else 1.0
+    sizes = [np.abs(x[np.isfinite(x)]) / unit for x in (effects, nulls)]
+    seen = np.concatenate(sizes)
+    seen = seen[seen > 0]
+    low, high = (seen.min(), seen.max()) if len(seen) else (0.1, 1.0)
+    edges = np.geomspace(low, max(high, 1.001 * low), 41)
+    named = ((f"edits ({len(effects):,})", _LOSS), (f"null lanes ({len(nulls):,})", _GREY))
+    for values, (name, color) in zip(sizes, named, strict=True):
+        zeros = np.count_nonzero(values == 0)
+        label = name + f", {zeros:,} of them exactly 0" * bool(zeros)
+        above.hist(values[values > 0], edges, color=color, alpha=0.75, label=label)
+    above.set_xscale("log")
+    above.set_ylabel("lanes")
+    what = f"effect on {attrs['metric']}"
+    above.set_xlabel(
+        f"size of the {_label(what)}, in standard deviations of null lanes ({noise:.2g})"
+        if noise > 0
+        else f"size of the {_label(what)}; all null lanes agree"
+    )
+    above.legend(**_LEGEND)
+    _bars(below, top["name"].tolist(), top["effect"].to_numpy(), what)
+    below.set_title("largest effects", loc="left", fontsize="medium")
+    title = f"{attrs['run']}: {len(effects):,} counterfactuals"
+    note = (
+        f"steps {attrs['at']:,} to {attrs['until']:,}; control lanes end "
+        f"{attrs['control_weight_deviation']:.2g} from the run"
+    )
+    _head(picture, _label(title), note)
     return picture
 
 
@@ -747,6 +805,63 @@ def plot_comparison(run: Run, other: Run, **options: Any) -> "Figure":
     return draw_question(questions.compare(run, other, **options))
 
 
+def draw_comparison(comparison: Comparison, *, width: float = 10.0) -> "Figure":
+    """Draw runs side by side: losses, distances, what was learned, tensors, samples that differ.
+
+    Args:
+        comparison: of two runs or more; up to seven are drawn.
+        width: of the figure, in inches.
+
+    Raises:
+        ReplayError: matplotlib is not installed.
+    """
+    _figure(1.0, 1.0)  # without matplotlib nothing is replayed
+    names = list(comparison.names[:_MOST_RUNS])
+    progress = comparison.progress.isel(run=slice(0, _MOST_RUNS))
+    learned = [x for x in ("test_loss", "test_accuracy", "train_loss", "train_accuracy")
+               if x in progress.data_vars][:2]  # fmt: skip
+    leaves = [str(x) for x in comparison.distances["tensor"].values][:_MOST_BARS]
+    along = len(comparison.states) > 1
+    learned = learned if along else []  # of one state the title tells it
+    heights = [2.6, 2.6] if along else [2.6]
+    bars = max(0.9 + (0.17 * len(names) + 0.1) * len(leaves), 2.4)
+    rows: list[Any] = [["losses"] * 2]
+    rows += [["distance", *(learned[:1] or ["distance"])]] * along
+    below = ["tensors", "samples"] if comparison.tested else ["tensors"] * 2
+    if len(learned) > 1:
+        rows.append([learned[1]] * 2)
+        heights.append(2.0)
+    rows.append(below)
+    heights.append(max(bars, 4.6 if comparison.tested else 0.0))
+    picture = _figure(width, sum(heights) + 0.9)
+    axes = picture.subplot_mosaic(rows, height_ratios=heights)
+    _draw_losses(axes["losses"], names, list(comparison.curves["loss"].values[: len(names)]))
+    if along:
+        _draw_distances(axes["distance"], comparison, names)
+    for name in learned:
+        _draw_learned(axes[name], comparison, progress[name].values, name, names)
+    _draw_tensors(axes["tensors"], comparison, leaves, names)
+    if comparison.tested:
+        _draw_differing(axes["samples"], comparison, len(names))
+    rest = len(comparison.names) - len(names)
+    more = f"; {rest} more runs are not drawn" * (rest > 0)
+    end, far = comparison.states[-1], comparison.distances.isel(state=-1)
+    if len(names) == 2:
+        moved = " and ".join(f"{x:.3g}" for x in far["moved"].values)
+        title = f"{names[0]} and {names[1]} at state {end:,}: {far['distance'].values[1]:.3g} apart"
+        title += f", {moved} from state 0"
+        for kind in ("test", "train") if not along else ():
+            if f"{kind}_loss" in progress.data_vars:
+                means = " and ".join(f"{x:.3g}" for x in progress[f"{kind}_loss"].values[:, -1])
+                title += f"; mean {kind} loss {means}"
+    else:
+        title = f"{len(comparison.names)} runs up to state {end:,}, compared with {names[0]}"
+    told = [f"{name}: {found}" for name, found in list(comparison.partings.items())[:3]]
+    note = "\n".join(textwrap.fill(_plain_text(x), 130) for x in [*told, comparison.note] if x)
+    _head(picture, _plain_text(title), f"{note}\n{comparison.footing}{more}")
+    return picture
+
+
 def plot_explosions(run: Run, **options: Any) -> "Figure":
     """Draw the loss, and the steps whose gradients explode; options of `questions.explosion`."""
     return draw_question(questions.explosion(run, **options))
@@ -857,16 +972,7 @@ def _draw_compare(question: Question) -> "Figure":
     picture = _figure(9.0, 7.5)
     above, middle, below = picture.subplots(3, 1, height_ratios=[3, 3, 3])
     names = [_run_name(run), _run_name(other)]
-    _plain_axes(above)
-    for name, key, color in zip(names, ("a", "b"), (_LOSS, _METRICS[0]), strict=True):
-        losses = answers[f"{key} logged"]["value"].values.astype(float)
-        _curve(above, np.arange(step), losses, color, _label(name))
-    _choose_scale(above, np.concatenate([
-        x[np.isfinite(x)] for x in (answers["a logged"]["value"].values,
-                                    answers["b logged"]["value"].values)]))  # fmt: skip
-    above.set_ylabel("loss (mean of the batch)")
-    above.legend(**_LEGEND)
-    _count_along(above, "step")
+    _draw_losses(above, names, [answers[f"{key} logged"]["value"].values for key in "ab"])
     distance = answers["distance"]
     _lines(
         middle, distance["state"].values, "state", distance["value"].values[None], [""],
@@ -874,24 +980,138 @@ def _draw_compare(question: Question) -> "Figure":
     )  # fmt: skip
     columns = [answers[x]["value"].values.reshape(-1) for x in ("apart", "a moved", "b moved")]
     tensors = [str(x) for x in answers["apart"]["tensor"].values]
-    at = np.arange(len(tensors[:_MOST_BARS]))
-    _plain_axes(below, "x")
     labels = [f"apart after {step:,} steps", f"{names[0]} moved", f"{names[1]} moved"]
-    colors = ("#404040", _LOSS, _METRICS[0])
-    for number, (column, label, color) in enumerate(zip(columns, labels, colors, strict=True)):
-        values = column[: len(at)]
-        below.barh(at + 0.27 * (number - 1), values, 0.26, color=color, label=_label(label))
-    below.set_yticks(at, [_label(x) for x in tensors[: len(at)]], fontsize="small")
-    below.invert_yaxis()
-    below.set_xlabel("Euclidean norm")
-    below.legend(**_LEGEND)
-    picture.set_figheight(6.5 + 0.3 * len(at))
+    colors = (_APART, _LOSS, _METRICS[0])
+    _draw_groups(below, tensors[:_MOST_BARS], columns, labels, colors, "Euclidean norm")
+    picture.set_figheight(6.5 + 0.3 * len(tensors[:_MOST_BARS]))
     title = f"{names[0]} and {names[1]}: progress after {step:,} steps"
     if "a loss" in answers and "b loss" in answers:
         means = [answers[f"{x} loss"].item() for x in "ab"]
         title += f"; mean loss of {settings['tested']:,} samples {means[0]:.4g} and {means[1]:.4g}"
     _head(picture, title, question.footing)
     return picture
+
+
+def _draw_losses(ax: "Axes", names: Sequence[str], columns: Sequence[np.ndarray]) -> None:
+    """Draw the logged losses of several runs, `[steps]` each, NaN where a run has none."""
+    _plain_axes(ax)
+    finite = []
+    for number, (name, losses) in enumerate(zip(names, columns, strict=True)):
+        losses = np.asarray(losses, np.float64)
+        losses = losses[: np.flatnonzero(~np.isnan(losses)).max(initial=-1) + 1]
+        kept = np.where(np.isfinite(losses), losses, np.nan)
+        _curve(ax, np.arange(len(kept)), kept, _RUNS[number % len(_RUNS)], _label(name))
+        finite.append(losses[np.isfinite(losses)])
+    _choose_scale(ax, np.concatenate(finite))
+    ax.set_ylabel("loss (mean of the batch)")
+    ax.legend(**_LEGEND)
+    _count_along(ax, "step")
+
+
+def _draw_groups(
+    ax: "Axes",
+    names: Sequence[str],
+    columns: Sequence[np.ndarray],
+    labels: Sequence[str],
+    colors: Sequence[str],
+    what: str,
+) -> None:
+    """Draw a group of bars for each name, one for each column."""
+    at, each = np.arange(len(names)), 0.81 / len(columns)
+    _plain_axes(ax, "x")
+    for number, (column, label, color) in enumerate(zip(columns, labels, colors, strict=True)):
+        values = np.where(np.isfinite(column[: len(at)]), column[: len(at)], 0)
+        place = at + each * (number - (len(columns) - 1) / 2)
+        ax.barh(place, values, 0.96 * each, color=color, label=_label(label))
+    ax.set_yticks(at, [_label(x) for x in names], fontsize="small")
+    ax.invert_yaxis()
+    ax.set_xlabel(what)
+    ax.legend(**_LEGEND)
+
+
+def _draw_distances(ax: "Axes", comparison: Comparison, names: Sequence[str]) -> None:
+    """Draw how far runs are from the reference, and how far each has come from its start."""
+    _plain_axes(ax)
+    states, found = np.asarray(comparison.states), comparison.distances
+    for number, name in enumerate(names):
+        color, moved = _RUNS[number % len(_RUNS)], found["moved"].values[number]
+        label = _label(f"{name} from state 0")
+        style = {"linestyle": ":", "marker": "o", "markersize": 2, "linewidth": 1.2}
+        ax.plot(states, moved, color=color, label=label, **style)
+    for number, name in list(enumerate(names))[1:]:
+        color = _APART if len(names) == 2 else _RUNS[number % len(_RUNS)]
+        apart, label = found["distance"].values[number], _label(f"{name} from {names[0]}")
+        ax.plot(states, apart, "o-", color=color, linewidth=1.6, markersize=4, label=label)
+    ax.set_ylabel("Euclidean distance")
+    ax.set_ylim(bottom=0)
+    ax.set_title("all weights", loc="left", fontsize="medium")
+    ax.legend(**_LEGEND)
+    _count_along(ax, "state")
+
+
+def _draw_learned(
+    ax: "Axes", comparison: Comparison, values: np.ndarray, name: str, names: Sequence[str]
+) -> None:
+    _plain_axes(ax)
+    kind, what = name.split("_")
+    count = next(len(tested.data) for tested in comparison.tested if tested.name == kind)
+    shown = 100 * values if what == "accuracy" else values
+    for number, run in enumerate(names):
+        color = _RUNS[number % len(_RUNS)]
+        style = {"color": color, "linewidth": 1.2, "markersize": 3, "label": _label(run)}
+        ax.plot(comparison.states, shown[number], "o-", **style)
+    if what == "loss":
+        _choose_scale(ax, shown[np.isfinite(shown)])
+    samples = f"{count:,} {'training' if kind == 'train' else 'held-out'} samples"
+    ax.set_ylabel("accuracy (%)" if what == "accuracy" else "mean loss")
+    ax.set_title(samples, loc="left", fontsize="medium")
+    ax.legend(**_LEGEND)
+    _count_along(ax, "state")
+
+
+def _draw_tensors(
+    ax: "Axes", comparison: Comparison, leaves: Sequence[str], names: Sequence[str]
+) -> None:
+    """Draw how far each tensor is from that of the reference, and of two runs from state 0."""
+    found = comparison.distances.isel(state=-1)
+    columns, labels, colors = [], [], []
+    for number, name in list(enumerate(names))[1:]:
+        columns.append(found["tensor_distance"].values[number])
+        labels.append(f"{name} from {names[0]}")
+        colors.append(_RUNS[number % len(_RUNS)])
+    if len(names) == 2:
+        columns += list(found["tensor_moved"].values[:2])
+        labels += [f"{name} from state 0" for name in names]
+        colors = [_APART, *_RUNS[:2]]
+    _draw_groups(ax, leaves, columns, labels, colors, "Euclidean distance")
+    title = f"tensors at state {comparison.states[-1]:,}"
+    ax.set_title(title, loc="left", fontsize="medium")
+
+
+def _draw_differing(ax: "Axes", comparison: Comparison, runs: int) -> None:
+    """Draw the samples whose losses differ most, of the run where they do."""
+    tested, ranked = comparison.tested[-1], comparison.samples(10)
+    largest = np.abs(ranked["difference"].values[:runs, 0])
+    number = int(np.argmax(np.nan_to_num(largest, nan=np.inf)))
+    if not largest[number]:
+        _words(ax, "the losses of all samples are the same")
+        return
+    found = ranked.isel(run=number)
+    ids = [int(i) for i in found["sample"].values]
+    places = [tested.ids.tolist().index(i) for i in ids]
+    labels = tested.labels
+    names = [
+        f"sample {i}" + ("" if labels is None else f" ({labels[place]})")
+        for i, place in zip(ids, places, strict=True)
+    ]
+    values = found["difference"].values.astype(np.float64)
+    first, other = comparison.names[0], comparison.names[number]
+    images = questions.images_of(tested.data, places)
+    what = f"loss in {other} minus loss in {first}"
+    _bars(ax, names, values, what, images=images, form="{:+.3g}")
+    kind = "training" if tested.name == "train" else "held-out"
+    title = f"{kind} samples that differ most at state {comparison.states[-1]:,}"
+    ax.set_title(title, loc="left", fontsize="medium")
 
 
 def _draw_explosion(question: Question) -> "Figure":

@@ -25,8 +25,8 @@ from replay.log import Log
 from replay.store import Place
 
 COMMANDS = (
-    "demo", "ls", "show", "verify", "state", "plot", "ask", "sql", "explain", "index",
-    "thin", "cache",
+    "demo", "ls", "show", "verify", "state", "plot", "fork", "tree", "ask", "compare", "sql",
+    "explain", "index", "thin", "cache",
 )  # fmt: skip
 ASKED = ("samples", "weights", "explosion", "zero", "compare")
 
@@ -168,6 +168,29 @@ def test_the_example_in_the_help_of_a_command_works_as_it_stands(
     assert printed
 
 
+def test_compare_says_where_runs_part_and_how_far_apart_they_are(run, capsys):
+    order = replay.Order.shuffled(2, 33, seed=0).swap(70, 71)
+    record("runs/swapped", order=order)
+    np.save("test.npy", SAMPLES[:3] + 1)
+    words = ("compare", run, "runs/swapped", "--test", "test.npy", "--top", 2)
+    code, printed, errors = ask(capsys, *words, "--plot", "compared.png")
+    assert (code, errors) == (0, "")
+    first, *lines = printed.splitlines()
+    assert first.startswith(
+        "digits and swapped: samples, or their factors, first differ at step 70"
+    )
+    a, b = replay.open(run), replay.open("runs/swapped")
+    flat = [np.concatenate([np.ravel(x).astype(np.float64) for x in state.params.values()])
+            for state in (a.state(-1), b.state(-1))]  # fmt: skip
+    (last,) = [line.split() for line in lines if line.split()[:2] == ["132", "swapped"]]
+    assert f"{np.linalg.norm(flat[0] - flat[1]):.4g}" in last
+    assert "held-out samples whose losses differ most at state 132" in lines
+    assert lines[-2:] == ["BITWISE: 0 steps replayed", "the picture is in compared.png"]
+    assert pathlib.Path("compared.png").read_bytes().startswith(b"\x89PNG")
+    code, printed, _ = ask(capsys, *words, "--state", 60, "--explain")
+    assert code == 0 and "10 steps of runs/digits (states 0 to 0, 50 to 60)" in printed
+
+
 @pytest.mark.parametrize("question", ASKED)
 def test_the_example_in_the_help_of_a_question_works_as_it_stands(question, plain, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -221,6 +244,13 @@ def test_a_word_that_is_not_known_ends_with_2(capsys):
         (["plot", "runs/digits", "--out", "loss.doc"], "loss.doc does not end in a known format"),
         (["plot", "runs/digits", "--out", "runs"], "runs exists"),
         (["thin", "runs/digits", "--keep", "1"], "1 states are to be kept"),
+        (["fork", "runs/digits", "runs/b", "--at", "133"], "a fork at step 133 of runs/digits"),
+        (["fork", "runs/digits", "runs/b", "--weigh", "a=1"], "--weigh: 'a' is not a number"),
+        (["fork", "runs/digits", "runs/b", "--weigh", "1"], "--weigh: '' is not a number"),
+        (["fork", "runs/digits", "runs/b", "--reverse", "x"], "--reverse: 'x' is not a number"),
+        (["fork", "runs/digits", "runs/b", "--drop", "9"], "sample_weights: there is no sample 9"),
+        (["fork", "runs/digits", "--detach"], "runs/digits is not a fork"),
+        (["tree", "nowhere"], "nowhere is not a directory"),
         (["ask", "nowhere", "weights"], "nowhere is not a run"),
         (["ask", "runs/digits", "weights", "--plot", "x.doc"], "x.doc does not end in a known"),
         (["ask", "runs/digits", "weights", "--plot", "no/x.png"], "no is not a directory that"),
@@ -230,6 +260,11 @@ def test_a_word_that_is_not_known_ends_with_2(capsys):
         (["ask", "runs/digits", "zero", "--weight", "w"], "w is not one weight"),
         (["ask", "runs/digits", "compare", "nowhere"], "nowhere is not a run"),
         (["ask", "runs/digits", "explosion", "--share", "2"], "more than a share of 2.0 of all"),
+        (["compare", "runs/digits"], "1 run is compared"),
+        (["compare", "runs/digits", "nowhere"], "nowhere is not a run"),
+        (["compare", "runs/digits", "runs/digits", "--state", "133"], "the runs are compared at"),
+        (["compare", "runs/digits", "runs/digits", "--plot", "x.doc"], "x.doc does not end in a"),
+        (["compare", "runs/digits", "runs/digits", "--test", "no.npz"], "no.npz cannot be read"),
     ],
 )
 def test_what_cannot_be_answered_ends_with_2_and_writes_nothing(words, error, run, capsys):
@@ -629,6 +664,66 @@ def test_ask_is_given_the_data_that_a_run_does_not_hold(capsys):
     assert "sum |share|" in printed
 
 
+def test_fork_changes_what_its_options_say(run, capsys):
+    at, words = replay.open(run), ("fork", run)
+    order = at.order.since(100)
+    for name, options, expected in (
+        ("same", "", order),
+        ("swapped", "--swap 100 101", order.swap(100, 101)),
+        ("shorter", "--drop 3 --refill", order.drop([3])),
+        ("turned", "--reverse all", order.reversed(None)),
+        ("shuffled", "--reshuffle 30 --seed 7", order.shuffled_again(30, 7)),
+        ("lighter", "--drop 3 --weigh 5=0.5 --key 4", order),
+    ):
+        code, printed, _ = ask(capsys, *words, f"runs/{name}", "--at", 100, *options.split())
+        fork = replay.open(f"runs/{name}")
+        assert code == 0 and printed.startswith(f"<Run runs/{name}: tiny, fork at step 100 (")
+        assert (fork.order[:] == expected[:]).all() and fork.steps == len(expected)
+    weights = {i: w for s in fork.trajectory(100) for i, w in zip(s.ids, s.weights, strict=True)}
+    assert weights == {i: {3: 0.0, 5: 0.5}.get(i, 1.0) for i in range(8)}
+    assert fork.edit == "weights {5: 0.5, 3: 0}; key"
+
+
+def test_fork_trains_what_was_only_created_and_makes_it_independent(run, capsys):
+    ask(capsys, "fork", run, "runs/fork", "--at", 60, "--no-train")
+    assert replay.open("runs/fork").steps == 60
+    _, printed, _ = ask(capsys, "show", "runs/fork")
+    assert row(printed, "fork of") == "runs/digits from step 60 on: no edit"
+    ask(capsys, "fork", "runs/fork", "--until", 90)
+    assert replay.open("runs/fork").steps == 90
+    shutil.move(run, "moved")
+    code, _, errors = ask(capsys, "fork", "runs/fork", "--detach")
+    assert code == 2 and "--detach --parent PATH" in errors
+    code, printed, _ = ask(capsys, "fork", "runs/fork", "--detach", "--parent", "moved")
+    assert code == 0 and printed.startswith("runs/fork is independent of its parent: ")
+    shutil.rmtree("moved")
+    assert ask(capsys, "fork", "runs/fork")[0] == 0
+    assert ask(capsys, "verify", "runs/fork")[0] == 0
+    assert "parent" not in ask(capsys, "ls", "runs")[1]
+
+
+def test_tree_draws_families_and_names_who_is_missing(run, capsys):
+    ask(capsys, "fork", run, "runs/a", "--at", 60, "--swap", 60, 61)
+    ask(capsys, "fork", "runs/a", "runs/b", "--at", 80, "--drop", 3)
+    ask(capsys, "fork", run, "runs/c", "--at", 10, "--no-train")
+    _, printed, _ = ask(capsys, "tree", "runs")
+    assert printed.splitlines() == [
+        "runs",
+        "└── digits  tiny, 132 of 132 steps",
+        "    ├── a  from step 60: swap(60, 61); 132 of 132 steps",
+        "    │   └── b  from step 80: weights {3: 0}; 132 of 132 steps",
+        "    └── c  from step 10: no edit; 10 of 132 steps",
+    ]
+    shutil.rmtree(run)
+    pathlib.Path("runs/broken").mkdir()
+    pathlib.Path("runs/broken/run.msgpack").write_bytes(b"no run")
+    _, printed, _ = ask(capsys, "tree", "runs")
+    assert "a  from step 60: swap(60, 61); 132 of 132 steps; its parent is not here" in printed
+    assert "broken cannot be opened: runs/broken: run.msgpack is damaged" in printed
+    pathlib.Path("empty").mkdir()
+    assert ask(capsys, "tree", "empty")[1] == "there are no runs below empty\n"
+
+
 def test_thin_leaves_every_answer_as_it_was(run, capsys):
     before = {step: bits(run, step) for step in (0, 60, 100, 132)}
     code, printed, _ = ask(capsys, "thin", run, "--keep", 2)
@@ -674,8 +769,8 @@ def test_names_neither_colour_nor_move_what_is_printed(words, capsys, monkeypatc
 
 def test_a_record_with_values_of_other_kinds_is_shown(run, capsys, monkeypatch):
     class Odd(Log):
-        def __init__(self, place):
-            super().__init__(place)
+        def __init__(self, place, parent=None):
+            super().__init__(place, parent)
             odd = {"name": ["x"], "created": "never", "data": None, "environment": {"jax": [1]}}
             for name, value in odd.items():
                 object.__setattr__(self.header, name, value)
@@ -741,7 +836,7 @@ def test_the_demo_exits_with_0_only_if_its_run_is_bitwise(
         assert pathlib.Path(f"runs/{name}.html").exists()
 
 
-def pushed(run, other):
+def pushed(run):
     """Which weights of <b>x</b>?"""
     return questions.weights(run, top=2)
 
@@ -749,17 +844,23 @@ def pushed(run, other):
 def test_the_page_holds_the_pictures_and_the_tables_of_its_questions(plain, monkeypatch):
     monkeypatch.setattr(demo, "QUESTIONS", ())
     monkeypatch.setattr(demo, "PICTURES", (pushed,))
-    rows, shown = demo.ask_elsewhere(pathlib.Path(plain), pathlib.Path(plain))
-    assert [each["title"] for each in shown] == ["The training", "Which weights of <b>x</b>?"]
+    rows, shown = demo.ask_elsewhere(pathlib.Path(plain), pathlib.Path("runs/fork"))
+    titles = ["The training", "Which weights of <b>x</b>?"]
+    titles += ["What if the second half had come in another order?"]
+    assert [each["title"] for each in shown] == titles
+    assert replay.open("runs/fork").edit == "shuffled_again(None, 1)"
     page = demo.page_of("a <title>", {"grade": "<script>"}, shown)
     found = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert [base64.b64decode(x)[:4] for x in found] == [b"\x89PNG"] * 2
-    assert "src=" not in re.sub(r'src="data:[^"]+"', "", page) and "href" not in page
+    assert [base64.b64decode(x)[:4] for x in found] == [b"\x89PNG"] * 3
+    page = re.sub(r'src="data:[^"]+"', "", page)
+    assert "src=" not in page and "href" not in page
     assert "<script" not in page and "<b>x" not in page
     assert "Which weights of &lt;b&gt;x&lt;/b&gt;?" in page and "a &lt;title&gt;" in page
     path = os.path.abspath(plain)
     assert f"replay ask {path} weights --top 2 --tensor &#x27;*&#x27;" in page
     assert "<th>net change</th>" in page
+    fork = os.path.abspath("runs/fork")
+    assert f"replay fork {path} {fork} --at 66 --reshuffle all --seed 1" in page
 
 
 def test_without_its_extra_the_demo_names_it_and_records_nothing(capsys, monkeypatch):

@@ -65,6 +65,15 @@ def test_an_index_spares_replays(tmp_path):
     assert printed.endswith("\n0 steps replayed\n")
 
 
+def test_forks_are_compared_and_counterfactuals_run(tmp_path):
+    shown = re.findall(r"```text\n(.*?)```", README.read_text(), flags=re.DOTALL)[-1]
+    printed = run(PROGRAMS[0] + "print('FORKS')" + "\n" + PROGRAMS[10] + PROGRAMS[11], tmp_path)
+    lines = printed.partition("FORKS\n")[2].splitlines()
+    assert lines[:2] == shown.splitlines()[:2]
+    assert (tmp_path / "compared.png").exists()
+    assert any("without" in line for line in lines[4:])
+
+
 @pytest.mark.parametrize(
     "number",
     [1, *(pytest.param(number, marks=pytest.mark.full) for number in (2, 3))],

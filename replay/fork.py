@@ -92,7 +92,8 @@ def create_fork(
                 name, log.program(name), signature, allow=allow, results=_results(header, name)
             )
             for name in header.programs
-            if name not in signature.programs
+            # What observes is made anew only where the state has another form.
+            if name == "gradient" or (at == 0 and name not in (*signature.programs, "update"))
         }
         grafted = graft(signature, loaded, edit.optimizer, tree=tree, state=initial)
         signature, leaves, initial = grafted.signature, grafted.leaves, grafted.initial

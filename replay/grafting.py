@@ -52,7 +52,7 @@ def graft(
 
     Args:
         signature: of the run.
-        loaded: its archived programs, but those of the trajectory.
+        loaded: its archived `gradient` and, to begin anew, what observes its steps.
         optimizer: of optax.
         tree: the structure of the run's state; None where weights are nested dicts by path.
         state: state 0 of the run, to begin anew from its weights; None to take over the optimizer
@@ -159,8 +159,7 @@ def graft(
         for i, value in zip(places, values, strict=True):
             initial[i] = np.asarray(value)
         for name, program in loaded.items():
-            if name != "update":
-                exported[name] = reexport(name, _observer(program, as_recorded, count), grafted)
+            exported[name] = reexport(name, _observer(program, as_recorded, count), grafted)
     else:
         for i, leaf, value in zip(places, own, values, strict=True):
             if f"/{HYPERPARAMETERS}/" in f"/{leaf.path}":

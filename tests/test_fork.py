@@ -294,6 +294,8 @@ def test_bad_edits_fail_at_the_call_and_leave_nothing_behind(parent, tmp_path):
          {"at": 8, "order": replay.Order.sequential(2, 6)}),
         (parent, replay.OrderError, ("step 8",),
          {"at": 8, "order": lambda order: order.swap(3, 12)}),
+        (parent, replay.OrderError, ("differs at step 3",),
+         {"at": 8, "order": lambda order: order.since(2).swap(3, 12).since(8)}),
         (parent, replay.OrderError, ("a int",), {"at": 8, "order": lambda order: 3}),
         (parent, replay.ProgramError, ("does not fit", "opt_state/0/count"),
          {"at": 8, "optimizer": optax.adam(1e-3)}),

@@ -249,8 +249,8 @@ def measure_forks(settings: Settings) -> list[Figure]:
         }
         figures = []
         for name, (run, at) in cases.items():
-            at = min(at, run.steps - 4)
-            last = run.order.epochs - 1
+            assert run.order is not None
+            at, last = min(at, run.steps - 4), run.order.epochs - 1
             few = {int(i): 0.0 for i in np.unique(run.ids(at, run.steps))[:100]}
             first = min(few)
             edits = {

@@ -41,7 +41,7 @@ from replay.order import Order
 from replay.program import Inputs, Program, State
 from replay.progress import progress_bar
 from replay.quantities import OtherSamples, Quantities
-from replay.query.expressions import Expression
+from replay.query.expressions import Expression, Joined
 from replay.query.nodes import Node
 from replay.recorder import Recorder, check_program, state_tree
 from replay.replaying import Audit, Replayer
@@ -1083,7 +1083,7 @@ class Run(Quantities):
 
 
 def compute(
-    *expressions: Expression,
+    *expressions: Expression | Joined,
     progress: bool | None = None,
     memory: int = MEMORY,
     executor: concurrent.futures.Executor | None = None,
@@ -1097,7 +1097,7 @@ def compute(
     An answer has the same bits whether it is asked for alone or together with others.
 
     Args:
-        *expressions: the questions, of one run or of several.
+        *expressions: the questions, of one run or of several, also such that were joined.
         progress: whether to show a progress bar; by default where there is a terminal.
         memory: bytes that an answer may take, and a batch's multiplied-out gradients of a tensor.
         executor: replays parts, cut at stored states; here by default. Its processes open the run
@@ -1114,9 +1114,11 @@ def compute(
     """
     if not expressions:
         return []
-    asking = functools.reduce(lambda a, b: a.joint(b), (x.source for x in expressions))
-    return asking.compute(
-        *expressions,
+    parts = [x.parts if isinstance(x, Joined) else {"": x} for x in expressions]
+    each = [part for named in parts for part in named.values()]
+    asking = functools.reduce(lambda a, b: a.joint(b), (x.source for x in each))
+    answers = asking.compute(
+        *each,
         progress=progress,
         memory=memory,
         executor=executor,
@@ -1125,6 +1127,12 @@ def compute(
         cache=cache,
         index=index,
     )
+    left = iter(answers)
+    found = [{name: next(left) for name in named} for named in parts]
+    return [
+        Result.beside(named) if isinstance(x, Joined) else named[""]
+        for x, named in zip(expressions, found, strict=True)
+    ]
 
 
 def _edit(edit: Edit | None, changes: Mapping[str, Any]) -> Edit:

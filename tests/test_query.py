@@ -1113,6 +1113,8 @@ def test_what_was_taken_can_be_reduced_ranked_and_joined(small):
     close(found["size"].values, np.linalg.norm(truth.sample_grads[:6], axis=-1).reshape(-1)[-5:])
     close(found["step_size"].values, np.linalg.norm(truth.grads[[4, 5, 5, 5, 5]], axis=1))
     assert "replay" in beside.explain()
+    together, whole = replay.compute(beside, run.sample_losses.mean())
+    assert together.equals(found) and whole.item() == run.sample_losses.mean().compute().item()
 
 
 @pytest.mark.parametrize("size", [1, 3, 16, 100, 1000])

@@ -786,6 +786,8 @@ class Run(Quantities):
         The fork is a run of its own, which shares the log of this one up to state `at` by
         reference (nothing is copied) and keeps what differs. Edits of the order and of sample
         weights run this run's own programs; without an edit the fork repeats it bit for bit.
+        Logged means are weighted, so that leaving out samples of large loss lowers the logged curve
+        by itself: compare forks by `sample_losses`, or on other samples.
 
         Args:
             path: where the fork is to lie; not in this run.

@@ -103,7 +103,7 @@ def counterfactuals(
     weights = run.log.header.signature.weights
     plan = [
         *(Lane(each, None) for each in edited),
-        *(Lane(UNEDITED, each) for each in nudges(start, weights, nulls, seed)),
+        *(Lane(UNEDITED, each) for each in nudges(start, recorded, weights, nulls, seed)),
     ]
     workers = _workers(len(plan))
     job = _Job(run, at, until, start, recorded, form, metric, plan, workers, lanes, memory)
@@ -465,6 +465,8 @@ def _result(
             "control_weight_deviation": max(batch.deviation for batch in found),
             "components": int(np.prod(shape)),
             "without_noise": int(np.count_nonzero(~(noise > 0))),
+            "nulls": len(nudged),
+            "nulls_felt": int((effects[count:].reshape(len(nudged), -1) != 0).any(axis=1).sum()),
             "threads": job.threads,
             "program": job.lanes.hash,
             "seconds": seconds,

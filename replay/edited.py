@@ -136,20 +136,32 @@ def _seen(order: Order, start: int, stop: int) -> np.ndarray:
 
 
 def nudges(
-    state: Sequence[np.ndarray], weights: Sequence[int], count: int, seed: int
+    state: Sequence[np.ndarray],
+    after: Sequence[np.ndarray],
+    weights: Sequence[int],
+    count: int,
+    seed: int,
 ) -> list[Nudge]:
     """Choose weights, and move each by one unit in the last place, up or down.
 
-    Weights that are not 0 are chosen among: one unit in the last place of 0 is lost in the first
-    addition. Where all are 0, one becomes the smallest normal number, which tells little.
+    Weights are chosen among that are not 0, since one unit in the last place of 0 is lost in the
+    first addition, and that the training has moved: what no gradient reaches (weights of a pixel
+    that is always dark, or of a unit that is off) hands no difference on. Where none is left, all
+    that are not 0 count; where all are 0, one becomes the smallest normal number, which tells
+    little.
 
     Args:
         state: raw leaves.
+        after: raw leaves at the end of the training.
         weights: which leaves are weights.
         count: how many nudges.
         seed: of the choice, `Generator(Philox(key=[seed, number]))`.
     """
-    present = [(leaf, np.flatnonzero(np.asarray(state[leaf]).reshape(-1))) for leaf in weights]
+    values = {leaf: np.asarray(state[leaf]).reshape(-1) for leaf in weights}
+    moved = {leaf: values[leaf] != np.asarray(after[leaf]).reshape(-1) for leaf in weights}
+    present = [(leaf, np.flatnonzero((x != 0) & moved[leaf])) for leaf, x in values.items()]
+    if not any(len(places) for _, places in present):
+        present = [(leaf, np.flatnonzero(x)) for leaf, x in values.items()]
     ends = np.cumsum([len(places) for _, places in present])
     found = []
     for number in range(count):

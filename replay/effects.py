@@ -167,6 +167,8 @@ class Counterfactuals:
             f"({attrs['form']}), {attrs['seconds']:.1f} s",
             f"control lanes: {attrs['control_deviation']:.3g} from the recorded metric, "
             f"{attrs['control_weight_deviation']:.3g} from its weights",
+            f"null lanes: one unit in the last place of one weight changed the metric in "
+            f"{attrs['nulls_felt']:,} of {attrs['nulls']:,}",
         ]
         if attrs["without_noise"]:
             lines.append(

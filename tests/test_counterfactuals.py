@@ -255,9 +255,10 @@ def test_a_fork_has_counterfactuals_from_where_it_begins(run, tmp_path):
 
 def test_null_lanes_differ_by_one_unit_in_the_last_place_of_one_weight():
     state = [np.array(x, np.float32) for x in ([[0, 1], [-2, 0]], [7], [0, 3])]
-    found = edited.nudges(state, [0, 2], 40, seed=3)
-    assert found == edited.nudges(state, [0, 2], 40, seed=3)
-    assert found != edited.nudges(state, [0, 2], 40, seed=4)
+    after = [x + np.float32(1) for x in state]
+    found = edited.nudges(state, after, [0, 2], 40, seed=3)
+    assert found == edited.nudges(state, after, [0, 2], 40, seed=3)
+    assert found != edited.nudges(state, after, [0, 2], 40, seed=4)
     assert {(x.leaf, x.index) for x in found} == {(0, 1), (0, 2), (2, 1)}
     for leaf, index, value in found:
         old = state[leaf].reshape(-1)[index]
@@ -265,8 +266,18 @@ def test_null_lanes_differ_by_one_unit_in_the_last_place_of_one_weight():
         assert np.float32(value) == np.nextafter(old, towards)
 
 
+def test_null_lanes_leave_alone_what_the_training_has_not_moved():
+    state = [np.array(x, np.float32) for x in ([[0, 1], [-2, 0]], [7], [0, 3])]
+    after = [state[0] * np.float32([[1, 2], [1, 1]]), state[1], state[2] + np.float32([1, 0])]
+    found = edited.nudges(state, after, [0, 2], 20, seed=3)
+    assert {(x.leaf, x.index) for x in found} == {(0, 1)}
+    still = edited.nudges(state, state, [0, 2], 20, seed=3)
+    assert {(x.leaf, x.index) for x in still} == {(0, 1), (0, 2), (2, 1)}
+
+
 def test_where_all_weights_are_zero_a_null_lane_has_the_smallest_normal_number():
-    (nudge,) = edited.nudges([np.zeros((2, 3), np.float32)], [0], 1, seed=0)
+    zeros = [np.zeros((2, 3), np.float32)]
+    (nudge,) = edited.nudges(zeros, zeros, [0], 1, seed=0)
     assert nudge.leaf == 0 and 0 <= nudge.index < 6
     assert nudge.value == np.finfo(np.float32).tiny
 
@@ -278,6 +289,8 @@ def test_effects_come_in_units_of_the_spread_of_the_null_lanes(run):
     assert found.dataset["tensor"].values[0] in ("hidden", "out")
     noise = nulls.std(axis=0, ddof=1)
     assert (found.dataset["noise"].values == noise).all() and (noise > 0).all()
+    felt = int((nulls != 0).any(axis=1).sum())
+    assert f"changed the metric in {felt} of 17" in repr(found) and 1 < felt
     assert (found.effect_in_noise.values == found.effect.values / noise).all()
     assert abs(found.effect_in_noise.values).max() > 1e3
 

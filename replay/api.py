@@ -26,7 +26,7 @@ from replay.data import Data
 from replay.edits import Edit
 from replay.effects import Counterfactuals
 from replay.errors import Grade, LogError, OrderError, ProgramError, QueryError, printable
-from replay.fork import create_fork, detach
+from replay.fork import Training, create_fork, detach
 from replay.fork import train as train_on
 from replay.frames import of_the_form
 from replay.grads.per_sample import MEMORY
@@ -233,7 +233,9 @@ class Run(Quantities):
         """The run that a fork is a fork of; None for a run of its own."""
         if self.log.parent is None:
             return None
-        return Run(self.log.parent, self._data, tree=None, allow=self._allow, like=self._replayer)
+        alike = self.log.parent.header.signature == self.log.header.signature
+        tree = self._tree if alike else None
+        return Run(self.log.parent, self._data, tree=tree, allow=self._allow, like=self._replayer)
 
     @property
     def forked_at(self) -> int:
@@ -815,14 +817,23 @@ class Run(Quantities):
         edit = _edit(edit, changes)
         place = Place(path)
         tree = create_fork(
-            self.log, self._replayer, place, at, edit, tree=self._tree, allow=self._allow
+            self.log,
+            self._replayer,
+            place,
+            at,
+            edit,
+            tree=self._tree,
+            allow=self._allow,
+            training=Training(self._data, until, checkpoints) if train else None,
         )
         log = Log(place, self.log.place)
         source = self._data
         if log.header.data == "embedded":
             source = _embedded(log, None if source is None else source.tree)
         fork = Run(log, source, tree=tree, allow=self._allow, like=self._replayer)
-        fork._program = self._program if edit.optimizer is None else None
+        # Another optimizer makes another program, of which nobody has the code.
+        grafted = edit.optimizer is not None and not isinstance(edit.optimizer, Mapping)
+        fork._program = None if grafted else self._program
         if train:
             fork.resume(until=until, checkpoints=checkpoints, progress=progress)
         return fork
@@ -969,15 +980,8 @@ class Run(Quantities):
         total = 0 if order is None else (len(order) if until is None else until) - self.steps
         with progress_bar("training", max(total, 0), progress) as report:
             try:
-                train_on(
-                    self.log,
-                    self._replayer,
-                    self._data,
-                    until=until,
-                    checkpoints=checkpoints,
-                    on_log_error=on_log_error,
-                    progress=report,
-                )
+                training = Training(self._data, until, checkpoints)
+                train_on(self.log, self._replayer, training, on_log_error, report)
             finally:
                 self._reopen()
 
@@ -994,8 +998,8 @@ class Run(Quantities):
             LogError: it is no fork, or cannot be written.
         """
         copied = detach(self.log)
-        self.log = Log(self.log.place)
-        self._reopen()
+        log = Log(self.log.place)  # whose parent is now looked for inside of it
+        self.__init__(log, self._data, tree=self._tree, allow=self._allow, like=self._replayer)
         return copied
 
     def thin(self, keep: int) -> list[int]:
@@ -1163,15 +1167,20 @@ def _sql() -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def _opened(path: str, allow: tuple[str, ...]) -> Run:
-    return open(path, allow=allow)
+def _opened(address: tuple[str, str | None, str, int], allow: tuple[str, ...]) -> Run:
+    path, parent, *_ = address  # the rest tells a run from what has been at its path before
+    return open(path, parent=parent, allow=allow)
 
 
 def _work(
-    path: str, allow: tuple[str, ...], nodes: Sequence[Node], within: range, options: dict[str, Any]
+    address: tuple[str, str | None, str, int],
+    allow: tuple[str, ...],
+    nodes: Sequence[Node],
+    within: range,
+    options: dict[str, Any],
 ) -> Any:
     """Replay a part of a question in another process."""
-    return _opened(path, allow).asking.part(nodes, within, options)
+    return _opened(address, allow).asking.part(nodes, within, options)
 
 
 @jax.jit

@@ -419,7 +419,7 @@ class Asking:
             return False
         nodes = list(roots)
         jobs = [
-            executor.submit(self._work, str(subject.log.place), subject.allow, nodes, cut, options)
+            executor.submit(self._work, _address(subject.log), subject.allow, nodes, cut, options)
             for cut in cuts
         ]
         try:
@@ -589,3 +589,9 @@ def _samples_at(log: Log, occurrences: np.ndarray) -> np.ndarray:
         table = log.ids(first, last + 1).reshape(-1)
         found[known] = table[occurrences[known] - first * size]
     return found
+
+
+def _address(log: Log) -> tuple[str, str | None, str, int]:
+    """Return where another process finds a run, and which it is: others may come to lie there."""
+    parent = None if log.parent is None else str(log.parent.place)
+    return str(log.place), parent, log.identity, log.own.end

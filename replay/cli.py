@@ -34,7 +34,7 @@ from replay.api import Run, open
 from replay.comparing import compare
 from replay.errors import DataError, Grade, LogError, ReplayError, printable
 from replay.identity import sha256
-from replay.log import HEADER, JOURNAL, Header, glance
+from replay.log import HEADER, JOURNAL, Glance, glance
 from replay.order import Order
 from replay.replaying import Audit
 from replay.store import Place
@@ -333,6 +333,14 @@ def fork(
         _say(f"{recorded.path} is independent of its parent: {decimal(copied)} copied")
         return 0
     if not path:
+        # Where FORK was forgotten, the run itself would be trained.
+        given = (at, *drop, refill, reverse, reshuffle, seed, *weigh, *set, no_train)
+        if any(given) or swap is not None or key is not None:
+            raise ReplayError(
+                f"a change of {recorded.path}, and no FORK",
+                why="a change makes another run; without one, the run itself is trained to its end",
+                fix=f"replay fork {recorded.path} FORK --at ..., with the folder of the new run",
+            )
         recorded.resume(until=until)
         _say(repr(recorded))
         return 0
@@ -382,35 +390,43 @@ def tree(
         directory: where to look
     """
     _check_directory(directory)
-    runs: dict[str, tuple[str, Header, int]] = {}
+    runs: dict[pathlib.Path, Glance] = {}
     unreadable = []
     for folder in _runs_below(directory):
-        name = str(folder.relative_to(directory) if folder != directory else folder)
         try:
-            seen = glance(Place(folder))
+            runs[folder] = glance(Place(folder))
         except ReplayError as error:
+            name = folder.relative_to(directory) if folder != directory else folder
             unreadable.append(f"{name} cannot be opened: {error.what}")
-            continue
-        runs[seen.identity] = (name, seen.header, seen.steps)
     families = rich.tree.Tree(_plain(directory), guide_style="dim")
 
-    def grow(branch: rich.tree.Tree, identity: str) -> None:
-        name, header, steps = runs[identity]
-        parent = header.parent
+    def parent_of(folder: pathlib.Path) -> pathlib.Path | None:
+        """Return the parent of a fork: where the fork says, or another copy of it."""
+        parent = runs[folder].header.parent
         if parent is None:
-            words = f"{header.name}, {steps:,} of {header.steps:,} steps"
-        else:
-            words = f"from step {parent.step:,}: {parent.edit}; {steps:,} of {header.steps:,} steps"
-            if parent.run not in runs:
-                words += f"; its parent is not here, but at {parent.path}"
+            return None
+        copies = [other for other, seen in runs.items() if seen.identity == parent.run]
+        named = (folder / parent.path).resolve()
+        return next((x for x in copies if x.resolve() == named), next(iter(copies), None))
+
+    parents = {folder: parent_of(folder) for folder in runs}
+
+    def grow(branch: rich.tree.Tree, folder: pathlib.Path) -> None:
+        _, header, steps = runs[folder]
+        name = folder.relative_to(directory) if folder != directory else folder
+        parent = header.parent
+        words = header.name if parent is None else f"from step {parent.step:,}: {parent.edit}"
+        words += f"{',' if parent is None else ';'} {steps:,} of {header.steps:,} steps"
+        if parent is not None and parents[folder] is None:
+            words += f"; its parent is not here, but at {parent.path}"
         twig = branch.add(Text.assemble((_plain(name), "bold"), _plain(f"  {words}")))
-        for other, (_, theirs, _) in runs.items():
-            if theirs.parent is not None and theirs.parent.run == identity:
+        for other, above in parents.items():
+            if above == folder:
                 grow(twig, other)
 
-    for identity, (_, header, _) in runs.items():
-        if header.parent is None or header.parent.run not in runs:
-            grow(families, identity)
+    for folder, above in parents.items():
+        if above is None:
+            grow(families, folder)
     if runs:
         _console().print(families)
     elif not unreadable:

@@ -46,6 +46,14 @@ class Edit:
     params: Any = None
     name: str = ""
 
+    def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise OrderError(
+                f"the name of an edit is {self.name!r}",
+                why="it is kept in the record of a fork, and shown",
+                fix="name='without 17'",
+            )
+
     @property
     def changed(self) -> tuple[str, ...]:
         """The names of the fields that change something."""

@@ -7,8 +7,9 @@ the edit allows it, so that an empty edit gives the parent's own bits.
 
 import contextlib
 import dataclasses
+import operator
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from replay.edits import Edit
 from replay.errors import DataError, LogError, OrderError, ProgramError
 from replay.grads import archive
 from replay.grafting import graft, injected
-from replay.identity import environment, fingerprint_on_host, short_digest
+from replay.identity import environment
 from replay.indexing import Observer
 from replay.journal import frame
 from replay.log import HEADER, JOURNAL, Header, Log, clear_torn, create, layouts
@@ -38,6 +39,45 @@ from replay.tree import Leaf, describe, lower, paths
 from replay.worker import SETTABLE
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How the steps that are left are to be taken.
+
+    Attributes:
+        data: the samples; None where they are not at hand.
+        until: the state to stop at; None for the end of the order.
+        checkpoints: when states are stored; None for as far apart as they are.
+    """
+
+    data: Data | None
+    until: int | None
+    checkpoints: Checkpoints | int | None
+
+    def check(self, place: Place, order: Order, steps: int) -> int:
+        """Return the state to stop at.
+
+        Raises:
+            DataError: the samples are not at hand.
+            OrderError: there is no such state, or it is passed already.
+            LogError: the checkpoints are no policy.
+        """
+        if self.data is None:
+            raise DataError(
+                f"{place} does not hold its data, and none was given",
+                why="the steps that are left are taken on it",
+                fix="replay.open(..., data=...)",
+            )
+        Checkpoints.of(self.checkpoints, len(order))
+        stop = len(order) if self.until is None else _step("until", self.until)
+        if not steps <= stop <= len(order):
+            raise OrderError(
+                f"until={self.until}: {place} has {steps:,} steps, its order {len(order):,}",
+                why="it goes on from where it is, along its order",
+                fix=f"until={len(order)}, or a step between",
+            )
+        return stop
+
+
 def create_fork(
     log: Log,
     replayer: Replayer,
@@ -47,6 +87,7 @@ def create_fork(
     *,
     tree: Any,
     allow: tuple[str, ...],
+    training: Training | None,
 ) -> Any:
     """Write what a fork is: its header, and what it does not share with its parent.
 
@@ -58,6 +99,7 @@ def create_fork(
         edit: what is other from there on.
         tree: the structure of the parent's state; None where it is not known.
         allow: custom calls that the parent's programs may make besides the usual ones.
+        training: how it is to be trained afterwards, which is checked before anything is written.
 
     Returns:
         The structure of the fork's state; None where that of the parent is not known.
@@ -66,9 +108,11 @@ def create_fork(
         OrderError, DataError, ProgramError, LogError: the edit does not fit the run, or says
             nothing; or the place is taken.
     """
-    header = log.header
+    header, at = log.header, _step("at", at)
     order = _order(log, at)
     after = edit.order_after(order, at)
+    if training is not None:
+        training.check(place, after, at)
     before = log.factors
     factors = edit.factors(before)
     changed = np.flatnonzero(factors != before)
@@ -143,30 +187,24 @@ def create_fork(
         parent=parent,
         factors=None,
     )
-    create(place, made, files, None)
-    if initial is not None:
-        _store_first(Log(place, log.place), initial)
+    with place.lock():
+        create(place, made, files, None, initial)
     return tree
 
 
 def train(
     log: Log,
     replayer: Replayer,
-    data: Data | None,
-    *,
-    until: int | None,
-    checkpoints: Checkpoints | int | None,
+    training: Training,
     on_log_error: str,
     progress: Callable[[int, float], None],
 ) -> None:
     """Take the steps of a run that it has not taken yet, by its archived programs.
 
     Args:
-        log: the run, opened after its last commit.
+        log: the run.
         replayer: of the run.
-        data: its samples.
-        until: the state to stop at; the end of the order by default.
-        checkpoints: when states are stored; as the parent or the run itself has it by default.
+        training: how.
         on_log_error: as for `Recorder`.
         progress: called with the number of steps taken since the last call, and a loss.
 
@@ -176,31 +214,15 @@ def train(
         LogError: somebody else is at work on it, or the log cannot be written.
         DivergenceError: what was durable is not repeated.
     """
-    header, order = log.header, log.order
-    if order is None:
-        raise _fed(log)
-    if data is None:
-        raise DataError(
-            f"{log.place} does not hold its data, and none was given",
-            why="the steps that are left are taken on it",
-            fix=f"replay.open({str(log.place)!r}, data=...)",
-        )
-    stop = len(order) if until is None else until
-    if not log.durable.steps <= stop <= len(order):
-        raise OrderError(
-            f"until={until}: {log.place} has {log.durable.steps:,} steps, its order {len(order):,}",
-            why="it goes on from where it is, along its order",
-            fix=f"until={len(order)}, or a step between",
-        )
-    factors = log.factors
-
-    def read(start: int, stop: int) -> Stretch:
-        ids, weights = order.batches(start, stop)
-        weights = weights * factors[np.maximum(ids, 0)]
-        return stretch_of(header.signature, start, ids, weights, data.leaves(ids))
-
     with contextlib.ExitStack() as ending:
         ending.enter_context(log.place.lock())
+        # Others may have taken it further since it was opened.
+        log = Log(log.place, None if log.parent is None else log.parent.place)
+        replayer, header, order = replayer.reopened(log), log.header, log.order
+        if order is None:
+            raise _fed(log)
+        stop = training.check(log.place, order, log.durable.steps)
+        data, factors = training.data, log.factors
         stored = tuple(log.own.checkpoints)
         if not stored and header.parent is None:
             raise LogError(
@@ -208,6 +230,13 @@ def train(
                 why="the recording was broken off before its first commit",
                 fix="record it with replay.Recorder(..., resume=True)",
             )
+
+        def read(start: int, stop: int) -> Stretch:
+            assert data is not None and order is not None
+            ids, weights = order.batches(start, stop)
+            weights = weights * factors[np.maximum(ids, 0)]
+            return stretch_of(header.signature, start, ids, weights, data.leaves(ids))
+
         start = max(stored, default=log.first)
         if start == stop:
             return
@@ -219,7 +248,7 @@ def train(
         indexed = header.index != "off"
         engine = replayer.engine(start, keep=indexed)
         schedule = Schedule(
-            Checkpoints.of(_spacing(log) if checkpoints is None else checkpoints, len(order)),
+            Checkpoints.of(training.checkpoints or _spacing(log), len(order)),
             steps=len(order),
             state_bytes=sum(leaf.nbytes for leaf in header.signature.state),
             start=start,
@@ -271,21 +300,30 @@ def detach(log: Log) -> int:
             why="only a fork shares files with another run",
             fix="nothing is to be done: it is independent already",
         )
-    inside = Place(f"{log.place}/{FOLDER}")
+    inside = Place(f"{str(log.place).rstrip('/')}/{FOLDER}")
     if str(log.parent.place) == str(inside) or inside.size(HEADER) is not None:
         return 0
     with log.place.lock():
-        return _copy(log.parent, inside, log.first)
+        return _copy(Log(log.parent.place), inside, log.first)
 
 
 def _copy(log: Log, target: Place, steps: int) -> int:
     """Copy the first steps of a run, its programs and its data; the header comes last."""
     # Up to the first commit that covers them: no digest is known of the states between commits.
     end = min((s for s in log.own.digests if s >= steps), default=steps) if steps > log.first else 0
-    kept = {s: row for s, row in log.own.checkpoints.items() if s <= max(steps, log.first)}
+    listed = log.place.list()
+    chunks_of = (name.partition("/c/") for name in listed)
+    there = {f"{array}/{chunk.split('/')[0]}" for array, _, chunk in chunks_of}
+    kept = {
+        state: row
+        for state, row in log.own.checkpoints.items()
+        # What somebody gives up meanwhile is no longer there to be copied.
+        if state <= max(steps, log.first)
+        and all(f"{spec.name}/{row}" in there for spec in log.header.arrays["states"])
+    }
     rows, copied = set(kept.values()), 0
     chunks = {spec.name: -(-end // spec.chunk[0]) for spec in log.header.arrays["steps"]}
-    for name, size in log.place.list().items():
+    for name, size in listed.items():
         group, *rest = name.split("/")
         number = int(rest[2]) if rest[1:2] == ["c"] else -1
         take = group in ("program", "data", "states", "steps") and not name.endswith(
@@ -299,7 +337,7 @@ def _copy(log: Log, target: Place, steps: int) -> int:
             target.write(name, log.place.read(name, limit=max(size, 1)))
             copied += size
     if log.parent is not None:
-        copied += _copy(log.parent, Place(f"{target}/{FOLDER}"), log.first)
+        copied += _copy(log.parent, Place(f"{str(target).rstrip('/')}/{FOLDER}"), log.first)
     records: list[dict[str, Any]] = [
         {"kind": "steps", "end": state, "digest": digest, "metrics": []}
         for state, digest in sorted(log.own.digests.items())
@@ -326,10 +364,29 @@ def _copy(log: Log, target: Place, steps: int) -> int:
 # --------------------------------------------------------------------------------- what is asked
 
 
+def _step(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError as error:
+        raise OrderError(
+            f"{name}={value!r} is not the number of a state",
+            why="states are counted from 0",
+            fix=f"{name}=280",
+        ) from error
+
+
 def _order(log: Log, at: int) -> Order:
     order = log.order
     if order is None:
         raise _fed(log)
+    if at < log.first:
+        raise OrderError(
+            f"a fork at step {at} of {log.place}, which is itself a fork at step {log.first}",
+            why="what comes before was trained by its parent, perhaps with another optimizer",
+            fix=f"run.parent.fork(..., at={at}), or at={log.first} and later",
+        )
     if not 0 <= at <= log.durable.steps:
         raise OrderError(
             f"a fork at step {at} of {log.place}, which has steps 0 to {log.durable.steps - 1}",
@@ -412,19 +469,6 @@ def _results(header: Header, name: str) -> list[jax.ShapeDtypeStruct] | None:
     if name == "activations" and table is not None:
         return [jax.ShapeDtypeStruct(tuple(x["shape"]), jnp.dtype(x["dtype"])) for x in table]
     return None
-
-
-def _store_first(log: Log, leaves: list[np.ndarray]) -> None:
-    """Store the state 0 that a fork does not share with its parent."""
-    lay_out(log.place, "states", log.header.arrays["states"])
-    lanes = fingerprint_on_host(leaves)
-    for number, leaf in enumerate(leaves):
-        log.array("states", number).write(0, np.asarray(leaf)[None])
-    records: Iterable[dict[str, Any]] = (
-        {"kind": "steps", "end": 0, "digest": short_digest(lanes), "metrics": []},
-        {"kind": "checkpoint", "state": 0, "row": 0, "digest": lanes.tobytes()},
-    )
-    log.place.append(JOURNAL, b"".join(map(frame, records)))
 
 
 def _spacing(log: Log) -> int | None:

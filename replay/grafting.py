@@ -176,23 +176,42 @@ def injected(signature: Signature, values: Mapping[str, float]) -> dict[int, byt
     Raises:
         QueryError: the state holds no such hyperparameter, or a value is no number.
     """
-    known: dict[str, int] = {}
+    known: dict[str, list[int]] = {}
+    scheduled = set()
     for i, leaf in enumerate(signature.state):
         parent, _, name = leaf.path.rpartition("/")
         if parent.rpartition("/")[2] == HYPERPARAMETERS and not leaf.shape:
-            known[name] = i
+            known.setdefault(name, []).append(i)
+        above, states, below = leaf.path.rpartition(f"/{HYPERPARAMETERS}_states/")
+        if states:  # of a schedule, which computes its value anew at every step
+            scheduled.add(f"{above}/{HYPERPARAMETERS}/{below.partition('/')[0]}")
     found = {}
     for name, value in values.items():
-        if name not in known or not isinstance(value, int | float) or not np.isfinite(value):
-            raise ProgramError(
-                f"the optimizer state has no hyperparameter {name!r} that could be {value!r}",
-                why=f"it holds {', '.join(known)}"
-                if known
-                else "it holds none: only those of optax.inject_hyperparams are part of the state",
-                fix="optimizer=optax.sgd(0.05), the whole optimizer with other values",
-            )
-        leaf = signature.state[known[name]]
-        found[known[name]] = np.asarray(value, jnp.dtype(leaf.dtype)).tobytes()
+        places = known.get(name, [])
+        why = (
+            f"it holds {', '.join(known)}"
+            if known
+            else ("it holds none: only those of optax.inject_hyperparams are part of the state")
+        )
+        if len(places) > 1:
+            why = f"it holds {len(places)} of that name, and which is meant is not said"
+        if len(places) == 1 and signature.state[places[0]].path in scheduled:
+            why, places = "a schedule computes it anew at every step, whatever the state holds", []
+        number = value if isinstance(value, int | float) else np.asarray(value)
+        if len(places) == 1:
+            dtype = jnp.dtype(signature.state[places[0]].dtype)
+            with np.errstate(over="ignore"):
+                cast = np.asarray(number).astype(dtype) if np.shape(number) == () else None
+            exact = dtype.kind == "f" or cast == number
+            if cast is not None and np.isfinite(cast.astype(np.float64)) and exact:
+                found[places[0]] = cast.tobytes()
+                continue
+            why = f"it is one number of the type {dtype}"
+        raise ProgramError(
+            f"the optimizer state has no hyperparameter {name!r} that could be {value!r}",
+            why=why,
+            fix="optimizer=optax.sgd(0.05), the whole optimizer with other values",
+        )
     return found
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from replay.ancestry import FOLDER, Parent, located, merged
 from replay.artifact import VERSIONS, Signature
 from replay.errors import IdentityError, LogError, ReplayError
-from replay.identity import SHORT_DIGEST, sha256
+from replay.identity import SHORT_DIGEST, fingerprint_on_host, sha256, short_digest
 from replay.indexing import layout, level_of
 from replay.journal import Durable, frame, frames, only_frame
 from replay.order import Order
@@ -28,6 +28,7 @@ from replay.tree import Leaf
 
 FORMAT = 1
 HEADER, JOURNAL = "run.msgpack", "journal.msgpack"
+MOST_GENERATIONS = 100
 
 # Rows in one chunk of the step columns: with sample ids a file of about half a megabyte.
 _COLUMN_BYTES = 2**19
@@ -115,6 +116,7 @@ class Header:
             fields["parent"] = parent
             header = cls(**fields)
             header._check_arrays()
+            header._check_factors()
             return header
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise LogError(
@@ -151,6 +153,20 @@ class Header:
             if found != [(spec.name, spec.shape, spec.dtype) for spec in specs]:
                 raise ValueError(f"{group} has other arrays than such programs fill")
 
+    def _check_factors(self) -> None:
+        """Refuse factors of samples, and leaves of a state, that there are not."""
+        samples = 0 if self.order is None else self.order[1]
+        if self.factors is not None and len(self.factors) != 4 * samples:
+            raise ValueError(f"{len(self.factors) // 4} factors of {samples} samples")
+        if self.parent is None:
+            return
+        if self.order is None or max(self.parent.factors, default=0) >= max(samples, 1):
+            raise ValueError("a fork has an order, and factors of samples that it has")
+        for number, data in self.parent.leaves.items():
+            known = 0 <= number < len(self.signature.state)
+            if not known or self.signature.state[number].nbytes != len(data):
+                raise ValueError(f"leaf {number} of the state is set to {len(data)} bytes")
+
 
 def _natural(value: Any, limit: int = 2**48) -> bool:
     return type(value) is int and 0 <= value < limit
@@ -160,12 +176,28 @@ def _named(value: Any) -> bool:
     return type(value) is dict and all(type(name) is str for name in value)
 
 
+def _tagged(table: Any) -> bool:
+    """Whether this is a table of intermediates: their names, shapes and dtypes."""
+    return type(table) is list and all(
+        _named(entry)
+        and all(type(entry.get(name)) is str for name in ("name", "dtype"))
+        and type(entry.get("shape")) is list
+        and all(map(_natural, entry["shape"]))
+        for entry in table
+    )
+
+
 # What the fields of a header have to be, where nothing else checks them.
 _FORMS: dict[str, Callable[[Any], bool]] = {
     "name": lambda x: type(x) is str,
     "created": lambda x: type(x) in (int, float) and 0 <= x < 2**40,
     "key": lambda x: len(x) == 2 and all(_natural(word, 2**32) for word in x),
-    "programs": lambda x: _named(x) and set(x) <= set(VERSIONS) and all(map(_named, x.values())),
+    "programs": lambda x: (
+        _named(x)
+        and set(x) <= set(VERSIONS)
+        and all(map(_named, x.values()))
+        and _tagged(x.get("activations", {"table": []}).get("table"))
+    ),
     "environment": _named,
     "order": lambda x: x is None or (len(x) == 2 and type(x) is list and _natural(x[1], 2**31)),
     "order_checksum": lambda x: x is None or _natural(x, 2**32),
@@ -257,10 +289,18 @@ def create(
     header: Header,
     programs: Mapping[str, bytes],
     embedded: Sequence[np.ndarray] | None,
+    state: Sequence[np.ndarray] | None = None,
 ) -> None:
     """Write all that is known before the first step; the run exists from the last byte on.
 
-    The groups of a fork are laid out when it is first trained: `begin_fork`.
+    The groups of a fork are laid out when it is first trained.
+
+    Args:
+        place: where, its lock held.
+        header: of the run.
+        programs: the files of programs by name.
+        embedded: the data set, where it is kept in the run.
+        state: raw leaves of a state 0 that a fork does not share with its parent.
 
     Raises:
         LogError: the place already holds a run, or files that are not a run's, or cannot be
@@ -278,6 +318,8 @@ def create(
             if HEADER in present
             else "choose another directory",
         )
+    written = frame(header.to_plain())
+    Header.from_plain(only_frame(written, HEADER), place)  # what cannot be read is not written
     try:
         for leftover in ("states", "steps", "segments", "index", "program", "data", JOURNAL):
             place.delete(leftover)
@@ -290,13 +332,27 @@ def create(
             array = StoredArray(place, spec)
             for start in range(0, len(values), spec.chunk[0]):
                 array.write(start, values[start : start + spec.chunk[0]])
-        place.write(HEADER, frame(header.to_plain()))
+        if state is not None:
+            _store_first(place, header, state)
+        place.write(HEADER, written)
     except OSError as error:
         raise LogError(
             f"{place} cannot be written: {error}",
             why="a run begins with its program, its data and the layout of its log",
             fix="make room (or repair the disk), or record into another directory",
         ) from error
+
+
+def _store_first(place: Place, header: Header, leaves: Sequence[np.ndarray]) -> None:
+    lay_out(place, "states", header.arrays["states"])
+    lanes = fingerprint_on_host(leaves)
+    for spec, leaf in zip(header.arrays["states"], leaves, strict=True):
+        StoredArray(place, spec).write(0, np.asarray(leaf)[None])
+    records: tuple[dict[str, Any], ...] = (
+        {"kind": "steps", "end": 0, "digest": short_digest(lanes), "metrics": []},
+        {"kind": "checkpoint", "state": 0, "row": 0, "digest": lanes.tobytes()},
+    )
+    place.append(JOURNAL, b"".join(map(frame, records)))
 
 
 class Log:
@@ -321,13 +377,14 @@ class Log:
             fork is not where it was.
     """
 
-    def __init__(self, place: Place, parent: Place | None = None):
+    def __init__(self, place: Place, parent: Place | None = None, *, descendants: int = 0):
         self.place = place
         self.header, self.identity = _read_header(place)
         self.own = self.durable = _read_journal(place)
         self.parent: Log | None = None
         if self.header.parent is not None:
-            self.parent = _parent(place, self.header.parent, parent)
+            self.parent = _parent(place, self.header.parent, parent, descendants)
+            self._check_parent(self.parent)
             self.durable = merged(self.header.parent, self.parent.durable, self.own)
         self._check_journal()
         self._check_sizes()
@@ -342,7 +399,15 @@ class Log:
         if self.header.order is None:
             return None
         spec, samples = self.header.order
-        return Order.from_spec(spec).bind(samples)
+        order = Order.from_spec(spec)
+        if order.batch_size != self.header.signature.batch_size:
+            raise LogError(
+                f"{self.place} has an order of batches of {order.batch_size} and programs for "
+                f"batches of {self.header.signature.batch_size}",
+                why="no recording has both",
+                fix="restore run.msgpack from a copy of the run",
+            )
+        return order.bind(samples)
 
     def program(self, name: str) -> bytes:
         """Return the bytes of an archived program.
@@ -564,6 +629,20 @@ class Log:
                     fix="open the run on a machine with more memory, if you trust its source",
                 )
 
+    def _check_parent(self, parent: "Log") -> None:
+        """Refuse a parent whose states or batches have another form."""
+        ours, theirs = self.header.signature, parent.header.signature
+        shared = self.header.parent is not None and self.header.parent.shared
+        if shared and ours == theirs:
+            return
+        form = [(s.batch, s.losses, s.batch_size, s.block) for s in (ours, theirs)]
+        if shared or form[0] != form[1]:
+            raise LogError(
+                f"{self.place} has other leaves than its parent {parent.place}",
+                why="what a fork shares with its parent has one form",
+                fix="restore run.msgpack of the fork from a copy",
+            )
+
     def _check_journal(self) -> None:
         """Refuse a journal that names what this run cannot have."""
         durable, steps = self.durable, self.header.steps
@@ -628,32 +707,41 @@ def _read_journal(place: Place) -> Durable:
     return Durable.read(place.read(JOURNAL), f"{place}: {JOURNAL}")
 
 
-def _parent(place: Place, parent: Parent, given: Place | None) -> Log:
+def _parent(place: Place, parent: Parent, given: Place | None, descendants: int) -> Log:
     """Open the log of the parent of a fork, wherever it is found.
 
     Raises:
         LogError: it is nowhere, is another run, or has fewer steps than the fork shares.
     """
-    looked = [given] if given is not None else located(place, parent)
-    for where in looked:
-        if where.size(HEADER) is None:
-            continue
-        log = Log(where)
-        if log.identity == parent.run and log.durable.steps >= parent.step:
-            return log
-        other = f"another run than that it was forked from ({log.header.name})"
-        few = f"a copy of its parent that ends at step {log.durable.steps:,}"
+    if descendants >= MOST_GENERATIONS:
         raise LogError(
-            f"{place} is a fork at step {parent.step:,}; at {where} lies "
-            + (few if log.identity == parent.run else other),
-            why="a fork shares everything before its first step with its parent",
-            fix="say where the parent lies now: replay.open(..., parent=PATH), or on the command "
-            "line replay fork FORK --detach --parent PATH",
+            f"{place} is a fork of a fork, and so on for {descendants} generations",
+            why="each is opened to answer for its descendants",
+            fix="fork an earlier ancestor, with the edits taken together",
+        )
+    looked = [given] if given is not None else located(place, parent)
+    found = []
+    for where in looked:
+        try:
+            if where.size(HEADER) is None:
+                continue
+            header, identity = _read_header(where)
+        except OSError:  # no path of this machine
+            continue
+        if identity != parent.run:
+            found.append(f"at {where} lies another run than that it was forked from: {header.name}")
+            continue
+        log = Log(where, descendants=descendants + 1)
+        if log.durable.steps >= parent.step:
+            return log
+        found.append(
+            f"at {where} lies a copy of its parent that ends at step {log.durable.steps:,}"
         )
     raise LogError(
-        f"{place} is a fork at step {parent.step:,} of a run that is not at {looked[-1]}",
-        why="a fork shares everything before its first step with its parent, which was moved or "
-        "deleted",
+        f"{place} is a fork at step {parent.step:,} "
+        + ("; ".join(found) or f"of a run that is not at {looked[-1]}"),
+        why="a fork shares everything before its first step with its parent"
+        + (", which was moved or deleted" if not found else ""),
         fix="move it back, or say where it lies now: replay.open(..., parent=PATH); "
         "`replay fork FORK --detach --parent PATH` makes the fork independent of it",
     )
@@ -690,6 +778,8 @@ def clear_torn(log: Log) -> None:
     That is the tail of the journal, and files that were not yet renamed to their places.
     """
     if log.own.end < (log.place.size(JOURNAL) or 0):
+        torn = log.place.read(JOURNAL)[log.own.end :]
+        assert not any(frames(torn, JOURNAL)), "somebody has written since the log was read"
         log.place.truncate(JOURNAL, log.own.end)
     for name in log.place.list():
         if name.endswith((".__lock", ".part")):

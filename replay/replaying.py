@@ -179,14 +179,35 @@ class Replayer:
         self._log, self._data, self._allow = log, data, tuple(allow)
         shared = like is not None and like._allow == self._allow
         self._engines: dict[tuple, Engine] = like._engines if like and shared else {}
+        self._here: dict[str, Any] = {}
         self._differences: dict[str, tuple] | None = None
 
     @property
     def differences(self) -> dict[str, tuple]:
-        """What is other here than when the run was recorded; starts the backend."""
+        """What is other here than when the run was recorded; starts the backend.
+
+        Of the ancestors of a fork, too, with the step before which it concerns.
+        """
         if self._differences is None:
-            self._differences = differences(self._log.header.environment, environment())
+            log, found = self._log, dict(self._of(self._log))
+            while log.parent is not None and log.first:
+                told = f" (before step {log.first:,})"
+                log = log.parent
+                for name, pair in self._of(log).items():
+                    if found.get(name) != pair:
+                        found[name + told] = pair
+            self._differences = found
         return self._differences
+
+    def _of(self, log: Log) -> dict[str, tuple]:
+        """Return what is other here than when this run, or an ancestor of it, was recorded."""
+        if not self._here:
+            self._here = environment()
+        return differences(log.header.environment, self._here)
+
+    def reopened(self, log: Log) -> "Replayer":
+        """Return a replayer of the same run as its log is now."""
+        return Replayer(log, self._data, allow=self._allow, like=self)
 
     def anchor(self, state: int) -> int:
         """Return the nearest stored state at or before a state.
@@ -378,30 +399,27 @@ class Replayer:
     @functools.cached_property
     def _forks(self) -> dict[int, dict[int, bytes]]:
         """Where this run and its ancestors begin as forks, and the leaves that are set there."""
-        found, log = {}, self._log
+        found: dict[int, dict[int, bytes]] = {}
+        log, limit = self._log, self._log.durable.steps
         while log.header.parent is not None and log.parent is not None:
-            found[log.first] = log.header.parent.leaves
+            if log.first <= limit:  # else a descendant began before it
+                found[log.first] = {**log.header.parent.leaves, **found.get(log.first, {})}
+                limit = log.first
             log = log.parent
         return found
 
     def _entered(self, engine: Engine, executed: Executed) -> Executed:
         """Set the leaves that a fork sets in the state that it begins with.
 
-        Raises:
-            LogError: what it sets has not the size of the leaf.
+        That state has evidence, or is asked for, so that no call of an engine goes beyond it.
         """
         state = executed.start + executed.count
+        assert not any(executed.start < s < state for s in self._forks), "a fork within a call"
         if not self._forks.get(state):
             return executed
         leaves = [*map(np.asarray, engine.fetch(executed.after))]
         for number, data in self._forks[state].items():
-            old = leaves[number] if number < len(leaves) else np.zeros(0)
-            if old.nbytes != len(data):
-                raise LogError(
-                    f"{self._log.place} sets leaf {number} of state {state} to {len(data)} bytes",
-                    why=f"that leaf has {old.nbytes}",
-                    fix="restore run.msgpack from a copy of the run",
-                )
+            old = leaves[number]
             leaves[number] = np.frombuffer(data, old.dtype).reshape(old.shape)
         return executed._replace(after=engine.load(leaves))
 
@@ -427,10 +445,7 @@ class Replayer:
         loaded = {
             name: artifact.load(name, files[name], signature, allow=self._allow) for name in files
         }
-        here = (
-            self.differences if log is self._log else differences(header.environment, environment())
-        )
-        if settable(here, header.environment.get("platform", "cpu")):
+        if settable(self._of(log), header.environment.get("platform", "cpu")):
             engine: Engine = RemoteEngine(
                 signature, files, header.key, keep=keep, recorded=header.environment
             )

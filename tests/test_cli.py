@@ -250,6 +250,8 @@ def test_a_word_that_is_not_known_ends_with_2(capsys):
         (["fork", "runs/digits", "runs/b", "--reverse", "x"], "--reverse: 'x' is not a number"),
         (["fork", "runs/digits", "runs/b", "--drop", "9"], "sample_weights: there is no sample 9"),
         (["fork", "runs/digits", "--detach"], "runs/digits is not a fork"),
+        (["fork", "runs/digits", "--at", "5"], "a change of runs/digits, and no FORK"),
+        (["fork", "runs/digits", "--no-train"], "a change of runs/digits, and no FORK"),
         (["tree", "nowhere"], "nowhere is not a directory"),
         (["ask", "nowhere", "weights"], "nowhere is not a run"),
         (["ask", "runs/digits", "weights", "--plot", "x.doc"], "x.doc does not end in a known"),
@@ -714,6 +716,13 @@ def test_tree_draws_families_and_names_who_is_missing(run, capsys):
         "    │   └── b  from step 80: weights {3: 0}; 132 of 132 steps",
         "    └── c  from step 10: no edit; 10 of 132 steps",
     ]
+    shutil.copytree(run, "runs/a-copy")
+    lines = ask(capsys, "tree", "runs")[1].splitlines()
+    assert lines[1:3] == [
+        "├── a-copy  tiny, 132 of 132 steps",
+        "└── digits  tiny, 132 of 132 steps",
+    ]
+    shutil.rmtree("runs/a-copy")
     shutil.rmtree(run)
     pathlib.Path("runs/broken").mkdir()
     pathlib.Path("runs/broken/run.msgpack").write_bytes(b"no run")

@@ -293,7 +293,7 @@ def test_a_fork_without_an_edit_is_its_parent_at_every_step(replayed, tmp_path):
     assert first_difference(states, expected.states) is None
 
 
-@pytest.mark.parametrize("case", by_default(THREADED), ids=str)
+@pytest.mark.parametrize("case", by_default((OF["convolution"],)), ids=str)
 def test_a_fork_without_a_sample_is_an_independent_loop_with_that_sample_masked(
     case, recorded, tmp_path
 ):

@@ -9,7 +9,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import msgpack
 import numpy as np
 import optax
 import pytest
@@ -18,7 +17,11 @@ from tiny import BATCH, DATA, KEY, ORDER, SAMPLES, STEPS, bits, compile_once  # 
 
 import replay
 from replay import edits
+from replay import fork as fork_module
+from replay.api import _work
+from replay.asking import _address
 from replay.journal import frame, only_frame
+from replay.store import Place
 
 TESTS = pathlib.Path(__file__).parent
 LAST = STEPS * BATCH // SAMPLES - 1  # the number of the last epoch, which begins at step 20
@@ -58,7 +61,7 @@ def test_a_fork_takes_nothing_from_its_parent_and_writes_nothing_to_it(parent, t
     before = files(parent)
     fork = parent.fork(tmp_path / "fork", at=13, train=False)
     assert files(parent) == before
-    assert list(files(fork)) == ["run.msgpack"]
+    assert sorted(files(fork)) == ["lock", "run.msgpack"]
     fork.resume()
     assert files(parent) == before
     assert {name.split("/")[0] for name in files(fork)} == {
@@ -113,9 +116,9 @@ def test_a_fork_of_a_fork_shares_what_both_share(parent, tmp_path):
     for run in (first, second, third):
         assert replay.open(run.path).verify().grade is replay.Grade.BITWISE
     assert third.parent.path == second.path and third.parent.parent.parent.path == parent.path
-    earlier = third.fork(tmp_path / "earlier", at=9)  # before its own parent begins
-    assert states(earlier)[:10] == states(first)[:10]
-    assert earlier.verify().grade is replay.Grade.BITWISE
+    with pytest.raises(replay.OrderError) as error:
+        third.fork(tmp_path / "earlier", at=9)
+    refused(error, "is itself a fork at step 18", "run.parent.fork")
 
 
 def test_a_fork_in_blocks_runs_in_blocks(tmp_path):
@@ -239,6 +242,57 @@ def test_hyperparameters_in_the_state_are_set_and_the_programs_kept(tmp_path):
     refused(error, "'decay'", "learning_rate, momentum")
 
 
+def test_hyperparameters_are_set_anew_in_forks_of_forks(tmp_path):
+    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.05, momentum=0.9)
+    run = tiny.record(tmp_path / "run", replay.Program(tiny.WEIGHTS, tiny.loss, optimizer))
+    first = run.fork(tmp_path / "first", at=13, optimizer={"learning_rate": 0.01})
+
+    def values(run):
+        names = ("hyperparams/learning_rate", "hyperparams/momentum")
+        found = (run.opt_state.sel(tensor=name).compute()[name].values for name in names)
+        return np.stack([*found], axis=1)
+
+    early = np.arange(25)[:, None] < 13
+    old, slow = np.float32([[0.05, 0.9]]), np.float32([[0.01, 0.9]])
+    for name, changes, last in (
+        ("same", {}, slow),
+        ("rate", {"learning_rate": 0.2}, np.float32([[0.2, 0.9]])),
+        ("momentum", {"momentum": 0.5}, np.float32([[0.01, 0.5]])),
+    ):
+        fork = first.fork(tmp_path / name, at=13, optimizer=changes or None)
+        assert (values(fork) == np.where(early, old, last)).all()
+        assert replay.open(fork.path).verify().grade is replay.Grade.BITWISE
+        if name == "same":
+            assert states(fork) == states(first)
+    later = first.fork(tmp_path / "later", at=18, optimizer={"learning_rate": 0.2})
+    assert states(later)[:18] == states(first)[:18]
+    assert (values(later)[18:] == np.float32([[0.2, 0.9]])).all()
+    assert later.verify().grade is replay.Grade.BITWISE
+
+
+def test_hyperparameters_that_nobody_reads_or_that_are_two_are_refused(tmp_path):
+    scheduled = optax.inject_hyperparams(optax.sgd)(
+        learning_rate=optax.linear_schedule(0.1, 0.01, 20), momentum=0.9
+    )
+    twice = optax.chain(
+        optax.inject_hyperparams(optax.scale)(step_size=0.5),
+        optax.inject_hyperparams(optax.scale)(step_size=-0.1),
+    )
+    for name, optimizer, changes, part in (
+        ("a", scheduled, {"learning_rate": 0.5}, "a schedule computes it anew"),
+        ("b", twice, {"step_size": 0.5}, "it holds 2 of that name"),
+        ("a", scheduled, {"momentum": 1e300}, "one number of the type float32"),
+        ("a", scheduled, {"momentum": [1.0, 2.0]}, "one number of the type float32"),
+    ):
+        path = tmp_path / name
+        program = replay.Program(tiny.WEIGHTS, tiny.loss, optimizer)
+        run = replay.open(path) if path.exists() else tiny.record(path, program)
+        with pytest.raises(replay.ProgramError) as error:
+            run.fork(tmp_path / "fork", at=13, optimizer=changes)
+        refused(error, part)
+    run.fork(tmp_path / "fork", at=13, optimizer={"momentum": np.float32(0.5)}, train=False)
+
+
 def test_another_optimizer_is_what_a_recording_with_it_would_have_been(tmp_path, parent):
     rate = replay.Program(tiny.WEIGHTS, tiny.loss, optax.adam(0.01), name="tiny")
     expected = tiny.record(tmp_path / "expected", rate)
@@ -307,6 +361,12 @@ def test_bad_edits_fail_at_the_call_and_leave_nothing_behind(parent, tmp_path):
          {"at": 0, "params": {"hidden": np.zeros((2, 5), np.float32), "out": np.zeros(5)}}),
         (parent, replay.ProgramError, ("not one typed key",), {"at": 8, "key": 5}),
         (parent, replay.OrderError, ("no weights",), {"at": 8, "weights": {}}),
+        (parent, replay.OrderError, ("at=5.0",), {"at": 5.0}),
+        (parent, replay.OrderError, ("at=True",), {"at": True}),
+        (parent, replay.OrderError, ("until=1000",), {"at": 8, "until": 1000}),
+        (parent, replay.OrderError, ("until=5",), {"at": 8, "until": 5}),
+        (parent, replay.LogError, ("by {'every': -1}",), {"at": 8, "checkpoints": -1}),
+        (parent, replay.OrderError, ("name of an edit is 5",), {"at": 8, "name": 5}),
     ):  # fmt: skip
         with pytest.raises(error) as raised:
             run.fork(tmp_path / "bad", **options)
@@ -315,7 +375,8 @@ def test_bad_edits_fail_at_the_call_and_leave_nothing_behind(parent, tmp_path):
     with pytest.raises(replay.LogError) as raised:
         parent.fork(parent.path, at=3)
     refused(raised, "in its parent")
-    parent.fork(tmp_path / "taken", at=3, train=False)
+    taken = parent.fork(tmp_path / "taken", at=np.int64(3), train=False)
+    assert replay.open(taken.path).forked_at == 3
     with pytest.raises(replay.LogError) as raised:
         parent.fork(tmp_path / "taken", at=3)
     refused(raised, "already holds a run")
@@ -383,6 +444,23 @@ def test_a_fork_that_has_not_run_can_be_detached_and_run(parent, tmp_path):
     assert states(fork) == states(parent)
 
 
+def test_what_a_parent_has_given_up_meanwhile_is_not_missed(parent, tmp_path):
+    shutil.copytree(parent.path, tmp_path / "run")
+    fork = replay.open(tmp_path / "run").fork(tmp_path / "fork", at=20)
+    replay.open(tmp_path / "run").thin(2)
+    fork.detach()
+    shutil.rmtree(tmp_path / "run")
+    found = replay.open(tmp_path / "fork")
+    assert states(found) == states(parent)
+    assert found.verify().grade is replay.Grade.BITWISE
+
+
+def test_another_run_inside_of_a_fork_does_not_hide_its_parent(parent, tmp_path):
+    fork = parent.fork(tmp_path / "fork", at=13, train=False)
+    tiny.record(tmp_path / "fork" / "parent", order=ORDER.swap(1, 2))
+    assert replay.open(fork.path).parent.path == parent.path
+
+
 def test_the_copy_of_a_parent_holds_nothing_that_came_after_the_fork(parent, tmp_path):
     fork = parent.fork(tmp_path / "fork", at=8, train=False)
     fork.detach()
@@ -403,9 +481,49 @@ def test_a_fork_from_a_stranger_names_no_path_but_a_relative_one(parent, tmp_pat
         with pytest.raises(replay.LogError, match="is not the header of a run"):
             replay.open(fork.path)
     header.write_bytes(frame({**plain, "parent": {**plain["parent"], "leaves": {0: b"x"}}}))
-    with pytest.raises(replay.LogError, match="sets leaf 0 of state 13 to 1 bytes"):
+    with pytest.raises(replay.LogError, match="leaf 0 of the state is set to 1 bytes"):
+        replay.open(fork.path)
+    for path in (".", "x" * 5000):
+        header.write_bytes(frame({**plain, "parent": {**plain["parent"], "path": path}}))
+        with pytest.raises(replay.LogError, match="is a fork at step 13"):
+            replay.open(fork.path)
+    far = [np.int32([10**9]).tobytes(), np.float32([0]).tobytes()]
+    for changed in ({"parent": {**plain["parent"], "factors": far}}, {"factors": b"abcd"}):
+        header.write_bytes(frame({**plain, **changed}))
+        with pytest.raises(replay.LogError, match="is not the header of a run"):
+            replay.open(fork.path)
+    order = [replay.Order.sequential(BATCH // 2, 6).spec(), SAMPLES]
+    header.write_bytes(frame({**plain, "order": order}))
+    with pytest.raises(replay.LogError, match="an order of batches of 2"):
         replay.open(fork.path).resume()
-    assert msgpack.packb(plain)  # nothing but plain data
+    tiny.record(tmp_path / "half", order=replay.Order.sequential(BATCH // 2, 3))
+    other = only_frame((tmp_path / "half" / "run.msgpack").read_bytes(), "run.msgpack")
+    strange = {name: other[name] for name in ("signature", "arrays", "steps", "order")}
+    header.write_bytes(frame({**plain, **strange}))
+    with pytest.raises(replay.LogError, match="has other leaves than its parent"):
+        replay.open(fork.path)
+
+
+def test_a_line_of_forks_ends_before_python_does(parent, tmp_path, monkeypatch):
+    monkeypatch.setattr("replay.log.MOST_GENERATIONS", 3)
+    run = parent
+    for number in range(3):
+        run = run.fork(tmp_path / str(number), at=20, train=False)
+    with pytest.raises(replay.LogError) as error:
+        replay.open(run.fork(tmp_path / "last", at=20, train=False).path)
+    refused(error, "3 generations")
+
+
+def test_an_audit_names_what_is_other_than_when_the_parent_was_recorded(parent, tmp_path):
+    shutil.copytree(parent.path, tmp_path / "run")
+    header = tmp_path / "run" / "run.msgpack"
+    plain = only_frame(header.read_bytes(), "run.msgpack")
+    environment = {**plain["environment"], "jaxlib": "0.0.1"}
+    header.write_bytes(frame({**plain, "environment": environment}))
+    fork = replay.open(tmp_path / "run").fork(tmp_path / "fork", at=13)
+    differences = replay.open(fork.path).verify().differences
+    assert [*differences] == ["jaxlib (before step 13)"]
+    assert differences["jaxlib (before step 13)"][0] == "0.0.1"
 
 
 def test_damage_to_a_parent_shows_in_its_fork(parent, tmp_path):
@@ -474,6 +592,63 @@ print(fork.verify().grade.name)
     assert states(fork) == states(parent) and fork.verify().grade is replay.Grade.BITWISE
 
 
+def test_a_run_that_was_taken_further_since_it_was_opened_loses_nothing(parent, tmp_path):
+    early = parent.fork(tmp_path / "fork", at=8, train=False)
+    replay.open(early.path).resume()
+    with pytest.raises(replay.OrderError) as error:
+        early.resume(until=10)
+    refused(error, "until=10", "has 24 steps")
+    early.resume()
+    assert early.steps == STEPS and states(early) == states(parent)
+
+
+def test_only_one_of_two_makes_a_fork(parent, tmp_path, monkeypatch):
+    create = fork_module.create
+
+    def meanwhile(place, *arguments):
+        monkeypatch.undo()
+        with pytest.raises(replay.LogError, match="is being recorded by"):
+            parent.fork(tmp_path / "fork", at=8, sample_weights={3: 0.0})
+        create(place, *arguments)
+
+    monkeypatch.setattr(fork_module, "create", meanwhile)
+    assert states(parent.fork(tmp_path / "fork", at=13)) == states(parent)
+
+
+def test_a_fork_that_was_killed_before_it_was_whole_can_be_made_again(
+    parent, tmp_path, monkeypatch
+):
+    params = jax.tree.map(lambda w: w * np.float32(2), parent.state(0).params)
+    write = Place.write
+
+    def killed(place, name, data):
+        if name == "run.msgpack":
+            raise KeyboardInterrupt
+        write(place, name, data)
+
+    monkeypatch.setattr(Place, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        parent.fork(tmp_path / "fork", at=0, params=params)
+    monkeypatch.undo()
+    with pytest.raises(replay.LogError, match="is not a run"):
+        replay.open(tmp_path / "fork")
+    fork = parent.fork(tmp_path / "fork", at=0, params=params, train=False)
+    assert bits(replay.open(fork.path).state(0).params) == bits(params)
+
+
+def test_another_process_answers_for_a_fork_as_it_is_now(parent, tmp_path):
+    shutil.copytree(parent.path, tmp_path / "run")
+    replay.open(tmp_path / "run").fork(tmp_path / "fork", at=5, train=False)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    fork = replay.open(tmp_path / "fork", parent=tmp_path / "moved")
+    options = {"memory": 2**28, "exact": True, "strategy": "factored", "cache": False}
+    for until in (10, STEPS):
+        fork.resume(until=until)
+        plan = abs(fork.updates).sum("step").plan
+        _, grade, steps = _work(_address(fork.log), (), [plan], range(until), options)
+        assert (str(grade), steps) == ("BITWISE", until)
+
+
 def test_two_processes_cannot_train_one_fork(parent, tmp_path):
     fork = parent.fork(tmp_path / "fork", at=13, train=False)
     with fork.log.place.lock(), pytest.raises(replay.LogError, match="is being recorded by"):
@@ -487,6 +662,7 @@ def test_a_fork_of_data_that_lies_elsewhere_needs_the_data(tmp_path):
     assert states(fork) == states(run)
     with pytest.raises(replay.DataError):
         replay.open(tmp_path / "run").fork(tmp_path / "other", at=13)
+    assert not (tmp_path / "other").exists()
     changed = {**DATA, "y": DATA["y"] + np.float32(1)}
     with pytest.raises(replay.DataError):
         replay.open(tmp_path / "fork", data=changed)

@@ -103,7 +103,7 @@ class Cache:
         self._writing: list[concurrent.futures.Future] = []
         self._written, self._size = 0, -1
         self._broken = False
-        self._lock = threading.Lock()
+        self._lock, self._room = threading.Lock(), threading.Lock()
 
     # ---- cells
 
@@ -144,18 +144,23 @@ class Cache:
             self._writing.append(self._thread.submit(run))
 
     def flush(self) -> None:
-        """Wait until all is written, and make room where the budget is exceeded."""
+        """Wait until all that was kept before is written, whoever has kept it, and make room."""
         with self._lock:
-            writing, self._writing = self._writing, []
+            writing = list(self._writing)
+        concurrent.futures.wait(writing)
+        with self._lock:
+            # Not before: another thread that flushes has to find what it is to wait for.
+            self._writing = [one for one in self._writing if one not in writing]
             written, self._written = self._written, 0
         for one in writing:
             one.result()
         if not written or self._broken:
             return
-        if self._size < 0 or self._size + written > self._limit:
-            self._size = self._evict()
-        else:
-            self._size += written
+        with self._room:
+            if self._size < 0 or self._size + written > self._limit:
+                self._size = self._evict()
+            else:
+                self._size += written
 
     def _evict(self) -> int:
         """Delete what saves the least per byte, and return the bytes that are left."""

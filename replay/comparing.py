@@ -23,12 +23,12 @@ import numpy as np
 
 from replay.api import Run, compute
 from replay.contrast import Accuracy, Found, Tested, Walk, cosine, worst
-from replay.data import Data
+from replay.data import Data, spaced, whole_numbers
 from replay.errors import QueryError, printable
 from replay.grads.per_sample import MEMORY
 from replay.indexing import NUMBERS
 from replay.parting import Parting, parting
-from replay.questions import Table, check_alike, labels_of, samples_of, spaced
+from replay.questions import Table, check_alike, labels_of, samples_of
 from replay.results import Result
 
 # How many states are compared, and how many training samples the runs are tested on, by default.
@@ -49,7 +49,8 @@ class Comparison:
         states: at which they are compared, ascending.
         tested: sets of samples that all are tested on.
         accuracy: `accuracy(params, batch) -> [samples]`, or None.
-        logits: the name of the activations that a class is read from, where all runs have them.
+        logits: the name of the activations that a class is read from, where all runs have one for
+            each class.
         options: `memory`, `exact` and `progress`, as for `replay.compute`.
     """
 
@@ -89,7 +90,8 @@ class Comparison:
         """The logged columns of all runs, NaN where a run has none.
 
         `loss`, and the metrics that the loss returned, are `(run, step)`; what was given to
-        `Recorder.log` is `(run, logged)`, by the state that it was logged at.
+        `Recorder.log` is `(run, logged)`, by the state that it was logged at, and has `logged/` in
+        front of its name where the loss of a run has returned a metric of that name.
         """
         steps = max(run.steps for run in self.runs)
         dims, columns = {steps: "step", steps + 1: "logged"}, {}
@@ -98,11 +100,15 @@ class Comparison:
                 ours = name in ("step", "epoch", "seconds") or name.partition("/")[0] in NUMBERS
                 if ours:
                     continue
+                name = name.removeprefix("logged/") if len(column) > run.steps else name
                 length = steps + len(column) - run.steps
                 blank = np.full((len(self.runs), length), np.nan)
                 kept = columns.setdefault((name, length), blank)
                 kept[number, : len(column)] = column
-        variables = {name: (["run", dims[n]], values) for (name, n), values in columns.items()}
+        variables = {}
+        for (name, length), values in columns.items():
+            taken = length > steps and ((name, steps) in columns or name in dims.values())
+            variables["logged/" * taken + name] = (["run", dims[length]], values)
         places = {dim: np.arange(n) for n, dim in dims.items()}
         return Result.of(variables, {"run": list(self.names), **places}, _attributes("LOGGED", 0))
 
@@ -202,7 +208,7 @@ class Comparison:
         step is replayed for it, except where an index tells the norms.
         """
         last = self.states[-1]
-        asked = {run.path: run.updates.sel(step=slice(0, last)).norm("weight") for run in self.runs}
+        asked = {run: run.updates.sel(step=slice(0, last)).norm("weight") for run in self.runs}
         if last:
             found = compute(*asked.values(), **self.options)
         else:
@@ -211,7 +217,7 @@ class Comparison:
         answers = dict(zip(asked, found, strict=True))
         rows = []
         for run in self.runs:
-            norms = answers[run.path]["value"].values.astype(np.float64)
+            norms = answers[run]["value"].values.astype(np.float64)
             rows.append(np.concatenate([[0.0], np.cumsum(norms)])[list(self.states)])
         grade = str(worst(found))
         steps = max(answer.attrs["steps"] for answer in found)
@@ -221,8 +227,7 @@ class Comparison:
 
     def explain(self) -> str:
         """Tell what the answers take; nothing is replayed."""
-        distinct = {run.path: run for run in self.runs}
-        return "\n".join(map(self._walk.explain, distinct.values()))
+        return "\n".join(map(self._walk.explain, dict.fromkeys(self.runs)))
 
     # ---- how it is shown
 
@@ -311,7 +316,7 @@ class Comparison:
             return "the function accuracy(params, batch)"
         if self.logits is not None and any(x.labels is not None for x in self.tested):
             return f"the largest of the activations {self.logits!r}, with the key of the step"
-        return "unknown: pass accuracy=, a function of params and a batch, or tag the logits"
+        return "unknown: pass accuracy=, a function of params and a batch, or tag one logit a class"
 
     def _result(self, variables: Mapping[str, Any], **more: Any) -> Result:
         words = {name: x for name, x in more.items() if isinstance(x, str)}
@@ -415,7 +420,7 @@ def compare(
         accuracy: a JAX function `(params, batch) -> [samples]`, true or 1 where a sample is
             classified rightly; params are nested dicts by path, a batch is as the data gives it.
         logits: without `accuracy`, the name of the activations (`checkpoint_name`) whose largest
-            tells the class, where every run has them.
+            tells the class, where every run has one for each class.
         label: the leaf of the data that holds the class; `label` also finds its usual names.
         memory: bytes that an answer may take.
         exact: raise where a replay departs from its run; else it is told as the grade.
@@ -437,17 +442,24 @@ def compare(
             why="a comparison is of two runs or more",
             fix="replay.compare(a, b), or replay.compare(a, a) for a run with itself",
         )
-    for other in runs[1:]:
+    for other in runs:
+        if not isinstance(other, Run):
+            raise QueryError(
+                f"{other!r:.60} is no run",
+                why="runs are opened before they are compared",
+                fix="replay.compare(replay.open(a), replay.open(b))",
+            )
         check_alike(runs[0], other)
-    known: dict[str, Run] = {}
-    runs = tuple(known.setdefault(run.path, run) for run in runs)
+    # One that was opened again is one run, unless it has been trained on in between.
+    known: dict[tuple[str, str, int], Run] = {}
+    runs = tuple(known.setdefault((run.path, run.log.identity, run.steps), run) for run in runs)
     names = _names(runs, names)
     chosen = _states(runs, names, states)
     tested = [
         *_sets("train", _training(runs, train), runs, label),
         *_sets("test", None if test is None else (Data.of(test), None), runs, label),
     ]
-    tagged = all(logits in _activations(run) for run in runs)
+    tagged = _classifies(runs, logits, tested)
     options = {"memory": memory, "exact": exact, "progress": progress}
     return Comparison(
         runs, names, chosen, tuple(tested), accuracy, logits if tagged else None, options
@@ -483,9 +495,19 @@ def _states(runs: Sequence[Run], names: Sequence[str], chosen: Any) -> tuple[int
         found = [stored[i] for i in spaced(len(stored), MOST_STATES)]
         return tuple(sorted({*found, last}))
     if isinstance(chosen, slice):
-        wanted = list(range(*chosen.indices(last + 1)))
+        parts = [x for x in (chosen.start, chosen.stop, chosen.step) if x is not None]
+        plain = whole_numbers(parts) is not None and chosen.step != 0
+        wanted = list(range(*chosen.indices(last + 1))) if plain else None
     else:
-        wanted = [int(state) for state in np.atleast_1d(np.asarray(chosen)).tolist()]
+        found = whole_numbers(chosen)
+        found = whole_numbers([chosen]) if found is None else found
+        wanted = None if found is None else found.tolist()
+    if wanted is None:
+        raise QueryError(
+            f"the runs are compared at states={chosen!r:.60}",
+            why="states are counted: state t is that before step t",
+            fix=f"a whole number from 0 to {last}, a list of them, or a slice",
+        )
     wanted = [state + last + 1 if state < 0 else state for state in wanted]
     bad = [state for state in wanted if not 0 <= state <= last]
     if bad or not wanted:
@@ -511,7 +533,13 @@ def _training(runs: Sequence[Run], train: Any) -> tuple[Data, np.ndarray] | None
             fix="pass train=0" if lacking else f"replay.open({first.path!r}, data=...)",
         )
     count = len(first.data)
-    ids = np.asarray(train, np.int64).reshape(-1) if asked else spaced(count, int(train))
+    ids = whole_numbers(train) if asked else spaced(count, int(train))
+    if ids is None:
+        raise QueryError(
+            f"train={train!r:.60}",
+            why="it is how many training samples the runs are tested on, or their ids",
+            fix="train=2000, train=[3, 17, 20], or train=0",
+        )
     outside = ids[(ids < 0) | (ids >= count)]
     if len(outside) or not len(ids):
         raise QueryError(
@@ -531,16 +559,25 @@ def _sets(
         return
     data, ids = given
     of = {}
-    for path, run in {run.path: run for run in runs}.items():
-        of[path] = run.on(data, name=name)
-        assert of[path].sample_losses is not None  # raises here where the run cannot tell them
+    for run in dict.fromkeys(runs):
+        of[run] = run.on(data, name=name)
+        assert of[run].sample_losses is not None  # raises here where the run cannot tell them
     ids = np.arange(len(data)) if ids is None else ids
     yield Tested(name, data, ids, labels_of(data, label), of)
 
 
-def _activations(run: Run) -> list[str]:
-    table = run.log.header.programs.get("activations", {}).get("table", [])
-    return [entry["name"] for entry in table]
+def _classifies(runs: Sequence[Run], logits: str, tested: Sequence[Tested]) -> bool:
+    """Tell whether all runs have tagged a number for each class, of which the largest tells it."""
+    forms = set()
+    for run in runs:
+        table = run.log.header.programs.get("activations", {}).get("table", [])
+        forms |= {next((tuple(x["shape"][1:]) for x in table if x["name"] == logits), ())}
+    (form,) = forms if len(forms) == 1 else [()]
+    if len(form) != 1 or form[0] < 2:
+        return False
+    classes = [each.labels for each in tested if each.labels is not None]
+    # A label that no place stands for, such as -1 or a number in between, would never be right.
+    return all(np.isin(labels, np.arange(form[0])).all() for labels in classes)
 
 
 # ------------------------------------------------------------------------------------- small things

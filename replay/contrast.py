@@ -35,14 +35,14 @@ class Tested(NamedTuple):
         data: the samples.
         ids: of training samples, their ids in the data of the reference; else their places.
         labels: the class of each, where a leaf of the data is one.
-        of: the same samples as each run sees them, by the path of the run.
+        of: the same samples as each run sees them.
     """
 
     name: str
     data: Data
     ids: np.ndarray
     labels: np.ndarray | None
-    of: Mapping[str, OtherSamples]
+    of: Mapping[Run, OtherSamples]
 
 
 class Found(NamedTuple):
@@ -91,22 +91,23 @@ class Walk:
 
     def through(self, runs: Sequence[Run]) -> Found:
         """Replay what is needed of each run; one that is given twice is replayed once."""
-        distinct = {run.path: run for run in runs}
+        # Tensors are matched by path: programs of one architecture may list them differently.
+        paths = [leaf.path for leaf in runs[0].tensors]
         grade, steps = Grade.BITWISE, 0
         parts: list[list[dict[str, np.ndarray]]] = []
         for states in self._portions(runs[0]):
             first, rows = None, {}
-            for path, run in distinct.items():
+            for run in dict.fromkeys(runs):
                 asked = self._asked(run, states)
                 # Weights are not kept among the answers: they lie in the run already.
                 found = compute(*asked.values(), cache=False, **self.options)
                 answers = dict(zip(asked, found, strict=True))
                 grade = grade & worst(found)
                 steps += max(answer.attrs["steps"] for answer in found)
-                weights = _flat(answers["weights"], run), _flat(answers["initial"], run)
+                weights = _flat(answers["weights"], paths), _flat(answers["initial"], paths)
                 first = first or weights
-                rows[path] = (_sums(*first, *weights), *self._judged(answers, run))
-            each = [rows[run.path] for run in runs]
+                rows[run] = (_sums(*first, *weights), *self._judged(answers, run))
+            each = [rows[run] for run in runs]
             parts.append([
                 {name: np.stack([row[kind][name] for row in each]) for name in each[0][kind]}
                 for kind in range(3)
@@ -122,7 +123,7 @@ class Walk:
         at = list(states)
         found = {"weights": run.weights.sel(state=at), "initial": run.weights.sel(state=[0])}
         for tested in self.tested:
-            other = tested.of[run.path]
+            other = tested.of[run]
             found[f"{tested.name} losses"] = other.sample_losses.sel(state=at)
             if self.accuracy is None and self.logits is not None and tested.labels is not None:
                 found[f"{tested.name} logits"] = other.activations(self.logits).sel(state=at)
@@ -163,9 +164,9 @@ _SUMS = ("apart", "dot", "own", "moved", "moved_dot")
 _Weights = list[np.ndarray]
 
 
-def _flat(answer: Result, run: Run) -> _Weights:
+def _flat(answer: Result, paths: Sequence[str]) -> _Weights:
     """Return the tensors, `[states, weights]` each."""
-    arrays = [answer[leaf.path].values for leaf in run.tensors]
+    arrays = [answer[path].values for path in paths]
     return [array.reshape(len(array), -1) for array in arrays]
 
 

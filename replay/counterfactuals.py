@@ -8,10 +8,11 @@ or do not.
 
 import concurrent.futures
 import contextlib
+import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from replay.cache import Cache, budget
-from replay.data import Data
+from replay.data import Data, check_precision, whole_numbers
 from replay.edited import UNEDITED, Edited, Lane, Staging, digest_of, met, nudges
 from replay.edits import Edit
-from replay.effects import Changes, Counterfactuals, in_noise
+from replay.effects import Changes, Counterfactuals, in_noise, largest
 from replay.errors import LogError, OrderError, QueryError
 from replay.identity import environment, settings_here, sha256, threads
 from replay.lanes import FORMS, Functions, Lanes, Measure
@@ -92,9 +93,9 @@ def counterfactuals(
 ) -> Counterfactuals:
     """Train a run anew under each of many edits; see `Run.counterfactuals`."""
     begun = time.perf_counter()
-    edits = list(edits)
+    edits = _edits(edits)
     until = run.log.durable.steps if until is None else until
-    form = _checked(run, edits, at, until, nulls, lanes, form)
+    form = _checked(run, edits, at, until, nulls, seed, lanes, form)
     chosen = _chosen(confirm, len(edits))
     order, before = run.log.order, run.log.factors
     assert order is not None and run.data is not None
@@ -120,7 +121,19 @@ def counterfactuals(
 # ------------------------------------------------------------------------------------- checks
 
 
-def _checked(run: Trained, edits, at: int, until: int, nulls: int, lanes, form) -> str:
+def _edits(edits: Any) -> list[Edit]:
+    found = list(edits) if isinstance(edits, Iterable) else [edits]
+    wrong = [each for each in found if not isinstance(each, Edit)]
+    if wrong or not isinstance(edits, Iterable):
+        raise QueryError(
+            f"edits has {type(wrong[0]).__name__} in it" if wrong else "edits is a single edit",
+            why="each counterfactual is an Edit of the run, and several are asked for at once",
+            fix="edits=[replay.edits.leave_out([3])], or replay.edits.leave_one_out(range(100))",
+        )
+    return found
+
+
+def _checked(run: Trained, edits, at: int, until: int, nulls: int, seed, lanes, form) -> str:
     """Return the form of the lanes, after refusing what has no meaning."""
     log, steps = run.log, run.log.durable.steps
     if not edits:
@@ -153,6 +166,14 @@ def _checked(run: Trained, edits, at: int, until: int, nulls: int, lanes, form) 
             why="lanes are trained on the samples",
             fix=f"replay.open({run.path!r}, data=...)",
         )
+    signature = log.header.signature
+    check_precision((*signature.state, *signature.batch), run.path)
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise QueryError(
+            f"seed={seed!r}",
+            why="nudges of null lanes, and edits to confirm, are drawn by it",
+            fix="seed=0, or another whole number from 0 to 2**64 - 1",
+        )
     if nulls < NULLS:
         raise QueryError(
             f"{nulls} null lanes",
@@ -180,11 +201,11 @@ def _chosen(confirm: Any, count: int) -> np.ndarray | None:
         wrong = [] if 0 <= confirm <= count else [int(confirm)]
         found = None if confirm else np.zeros(0, np.int64)
     else:
-        found = np.asarray(list(confirm), np.int64)
-        wrong = found[(found < 0) | (found >= count)].tolist()
+        found = whole_numbers(confirm)
+        wrong = [confirm] if found is None else found[(found < 0) | (found >= count)].tolist()
     if wrong:
         raise QueryError(
-            f"confirm={wrong[0]} of {count} edits",
+            f"confirm={wrong[0]!r:.60} of {count} edits",
             why="it is how many edits are run again as forks, or a sequence of their numbers",
             fix=f"confirm=0 to {count}, or numbers from 0 to {count - 1}",
         )
@@ -193,10 +214,10 @@ def _chosen(confirm: Any, count: int) -> np.ndarray | None:
 
 def _drawn(count: int, effects: np.ndarray, seed: int) -> np.ndarray:
     """Return the edits with the largest effects, and others drawn by a seed."""
-    largest = np.argsort(-np.abs(effects), kind="stable")[: count // 2]
-    rest = np.setdiff1d(np.arange(len(effects)), largest)
+    first = largest(effects)[: count // 2]
+    rest = np.setdiff1d(np.arange(len(effects)), first)
     draw = np.random.Generator(np.random.Philox(key=np.array([seed, 2**32], np.uint64)))
-    return np.concatenate([largest, np.sort(draw.choice(rest, count - len(largest), False))])
+    return np.concatenate([first, np.sort(draw.choice(rest, count - len(first), False))])
 
 
 def _workers(lanes: int) -> int:
@@ -279,7 +300,7 @@ class _Job:
         """How many lanes a batch has at most, the control lane included."""
         return self.staging.layout.lanes
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """What decides the bits of all batches, besides their lanes and the environment."""
         states = [sha256(np.ascontiguousarray(x).tobytes()) for x in self.start + self.recorded]
@@ -464,7 +485,8 @@ def _result(
             "control_deviation": deviation,
             "control_weight_deviation": max(batch.deviation for batch in found),
             "components": int(np.prod(shape)),
-            "without_noise": int(np.count_nonzero(~(noise > 0))),
+            "without_noise": int(np.count_nonzero(noise == 0)),
+            "noise_not_finite": int(np.count_nonzero(~np.isfinite(noise))),
             "nulls": len(nudged),
             "nulls_felt": int((effects[count:].reshape(len(nudged), -1) != 0).any(axis=1).sum()),
             "threads": job.threads,

@@ -378,6 +378,50 @@ def _conform(
     return arrays
 
 
+def spaced(count: int, most: int) -> np.ndarray:
+    """Return at most so many numbers below a count, evenly spaced, the first and last among them.
+
+    >>> spaced(9, 3)
+    array([0, 4, 8])
+    """
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+
+
+def check_precision(leaves: Sequence[Leaf], where: str) -> None:
+    """Refuse 64-bit numbers of a run in a process whose JAX would round them.
+
+    Args:
+        leaves: of its states and batches.
+        where: the run.
+
+    Raises:
+        DataError: there are some, and JAX runs without x64.
+    """
+    for leaf in leaves:
+        if jax.dtypes.canonicalize_dtype(jnp.dtype(leaf.dtype)) != jnp.dtype(leaf.dtype):
+            raise DataError(
+                f"{where} was recorded with x64: {leaf.path} is {leaf.dtype}",
+                why="without x64, JAX would round it and not say so",
+                fix='jax.config.update("jax_enable_x64", True), before the run is opened',
+            )
+
+
+def whole_numbers(values: Any) -> np.ndarray | None:
+    """Return a row of whole numbers as `int64[n]`; None where it is anything else.
+
+    What is not whole is not cut off: an array of truth values, `[0.5]` or `[[1], [2, 3]]` is none.
+
+    >>> whole_numbers([3, -1]), whole_numbers([]), whole_numbers(2.0)
+    (array([ 3, -1]), array([], dtype=int64), None)
+    """
+    try:
+        found = np.asarray(values if isinstance(values, np.ndarray) else list(values))
+    except (TypeError, ValueError):
+        return None
+    plain = found.ndim == 1 and (found.dtype.kind in "iu" or not found.size)
+    return found.astype(np.int64) if plain else None
+
+
 def _held(value: Any, path: str, where: str = "") -> np.ndarray:
     """Return a leaf as the array that JAX would hold, refusing what JAX would alter."""
     try:

@@ -1,6 +1,7 @@
 """Edits that have met a run: what each lane starts from, and what it consumes at each step."""
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -210,6 +211,8 @@ class Staging:
         own: bool,
     ):
         self._order, self._before, self._data = order, before, data
+        # Calls are staged side by side, and data of a user need not bear two readers.
+        self._reading = threading.Lock()
         size = signature.batch_size
         example = sum(leaf.nbytes for leaf in signature.batch)
         resident = data.nbytes <= _RESIDENT
@@ -251,7 +254,8 @@ class Staging:
         unique, places = np.unique(places, return_inverse=True)
         rows = np.zeros(layout.table, unique.dtype)
         rows[: len(unique)] = unique
-        table: list[Any] = self._data.leaves(rows)
+        with self._reading:
+            table: list[Any] = self._data.leaves(rows)
         return Inflow(ids, places.reshape(ids.shape).astype(np.int32), weights, table)
 
 

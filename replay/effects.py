@@ -36,12 +36,15 @@ class DatamodelingScore(NamedTuple):
 
     Attributes:
         correlation: Spearman's, over the edits, for each component of the metric; NaN where the
-            predictions or the effects are all the same.
+            predictions or the effects are all the same, or fewer than two edits are left.
         mean: of those that are numbers.
+        left_out: how many edits have an effect that is not a number, in any component: they are
+            left out of the correlation there.
     """
 
     correlation: np.ndarray
     mean: float
+    left_out: int
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -82,23 +85,28 @@ class Counterfactuals:
     def means(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the effects of edits and of null lanes, averaged over a metric's components."""
         found = [np.asarray(self.dataset[name].values) for name in ("effect", "null_effect")]
-        edits, nulls = (x.reshape(len(x), -1).mean(1) for x in found)
+        with np.errstate(invalid="ignore"):  # infinities of both signs
+            edits, nulls = (x.reshape(len(x), -1).mean(1) for x in found)
         return edits, nulls
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """Return the edits with the largest effects, either way; components are averaged.
 
+        Edits under which the training has diverged come first: their effects are not numbers.
+
         Returns:
             Columns `edit`, `name`, `effect` and `effect_in_noise`, NaN where there is no noise.
         """
         effects, nulls = self.means()
-        first = np.argsort(-np.abs(effects), kind="stable")[:k]
+        first = largest(effects)[:k]
+        with np.errstate(invalid="ignore"):
+            noise = nulls.std(ddof=1)
         return pd.DataFrame(
             {
                 "edit": first,
                 "name": self.dataset["name"].values[first],
                 "effect": effects[first],
-                "effect_in_noise": in_noise(effects[first], nulls.std(ddof=1)),
+                "effect_in_noise": in_noise(effects[first], noise),
             }
         )
 
@@ -107,7 +115,8 @@ class Counterfactuals:
 
         The linear datamodeling score (Park et al., 2023): an edit is predicted to do the sum of the
         scores of the samples that it leaves out, and the predictions are ranked beside the effects.
-        A factor that is changed in part counts in part.
+        A factor that is changed in part counts in part. An edit whose effect is not a number has no
+        rank, and is left out.
 
         Args:
             scores: `[samples]`, or `[samples, n]` for a metric of n components: by how much the
@@ -142,10 +151,15 @@ class Counterfactuals:
         less = changes.less.reshape(-1, *[1] * (scores.ndim - 1))
         np.add.at(predicted, changes.edit, less * scores[changes.sample])
         predicted = np.broadcast_to(predicted.reshape(len(effects), -1), effects.shape)
-        each = [spearman(*pair) for pair in zip(predicted.T, effects.T, strict=True)]
+        lost = np.isnan(effects)
+        each = [
+            spearman(guess[~gone], effect[~gone])
+            for guess, effect, gone in zip(predicted.T, effects.T, lost.T, strict=True)
+        ]
         known = [x for x in each if np.isfinite(x)]
         mean = float(np.mean(known)) if known else float("nan")
-        return DatamodelingScore(np.asarray(each).reshape(shape), mean)
+        left_out = int(lost.any(axis=1).sum())
+        return DatamodelingScore(np.asarray(each).reshape(shape), mean, left_out)
 
     def df(self) -> pd.DataFrame:
         """Return a long table: a row for each edit and component of the metric."""
@@ -175,6 +189,11 @@ class Counterfactuals:
                 f"null lanes have no spread in {attrs['without_noise']:,} of "
                 f"{attrs['components']:,} components: no units of noise for effects there"
             )
+        if attrs["noise_not_finite"]:
+            lines.append(
+                f"null lanes are not finite in {attrs['noise_not_finite']:,} of "
+                f"{attrs['components']:,} components: no units of noise for effects there"
+            )
         top = self.top(3)
         columns = (top[name].tolist() for name in ("name", "effect", "effect_in_noise"))
         for name, effect, noise in zip(*columns, strict=True):
@@ -184,17 +203,31 @@ class Counterfactuals:
 
 
 def in_noise(effects: np.ndarray, noise: ArrayLike) -> np.ndarray:
-    """Return effects in units of noise, NaN where there is none."""
+    """Return effects in units of noise, NaN where there is none, or it is not finite."""
     noise = np.broadcast_to(noise, np.shape(effects))
-    return np.divide(effects, noise, out=np.full(np.shape(effects), np.nan), where=noise > 0)
+    known = (noise > 0) & np.isfinite(noise)
+    return np.divide(effects, noise, out=np.full(np.shape(effects), np.nan), where=known)
+
+
+def largest(effects: np.ndarray) -> np.ndarray:
+    """Return the numbers of effects by their size, what is not a number first.
+
+    >>> largest(np.array([1.0, -3.0, np.nan, 2.0])).tolist()
+    [2, 1, 3, 0]
+    """
+    return np.argsort(np.where(np.isnan(effects), -np.inf, -np.abs(effects)), kind="stable")
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the rank correlation of two rows of numbers; NaN where one of them never changes.
+    """Return the rank correlation of two rows of numbers.
+
+    NaN where one of them never changes, or has something without a rank: NaN.
 
     >>> spearman(np.array([1.0, 2.0, 2.0, 3.0]), np.array([-5.0, 0.0, 0.0, 99.0]))
     1.0
     """
+    if np.isnan(a).any() or np.isnan(b).any() or len(a) < 2:
+        return float("nan")
     ranked = [ranks(x) for x in (a, b)]
     first, second = (x - x.mean() for x in ranked)
     scale = np.sqrt((first**2).sum() * (second**2).sum())

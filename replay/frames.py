@@ -16,8 +16,8 @@ from jax import lax
 
 from replay import artifact
 from replay.artifact import Signature
-from replay.data import Data
-from replay.errors import DataError, QueryError
+from replay.data import Data, check_precision
+from replay.errors import DataError, LogError, QueryError
 from replay.grads.gradients import Gradients
 from replay.grads.sources import gradients_of
 from replay.log import Log
@@ -57,6 +57,7 @@ class Observers:
         self.log, self._gradients, self.others, self.way = log, gradients, others, way
         self.signature, self._allow = log.header.signature, allow
         state = self.signature.state
+        check_precision((*state, *self.signature.batch), str(log.place))
         self.number = {leaf.path: i for i, leaf in enumerate(state)}
         self.weights = {state[i].path.partition("/")[2]: i for i in self.signature.weights}
         self.tensor = {path: n for n, path in enumerate(self.weights)}
@@ -98,10 +99,17 @@ class Observers:
             )
         results = None
         if name == "activations":
-            results = tuple(
-                jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]))
-                for leaf in programs[name]["table"]
-            )
+            try:
+                results = tuple(
+                    jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]))
+                    for leaf in programs[name]["table"]
+                )
+            except TypeError as error:
+                raise LogError(
+                    f"{self.log.place}: the table of activations is wrong: {error}",
+                    why="it says what the archived program returns",
+                    fix="restore run.msgpack from a copy of the run",
+                ) from error
         return _jitted(name, log.program(name), self.signature, tuple(self._allow), results)
 
     def activations(self) -> list[str]:

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
-from replay.data import Data
+from replay.data import Data, whole_numbers
 from replay.errors import Grade, QueryError
 from replay.frames import elsewhere
 from replay.grads.gradients import Form
@@ -247,7 +247,15 @@ def rates(learning_rate: LearningRate, steps: Sequence[int], total: int) -> dict
     if callable(learning_rate):
         found = _scheduled(learning_rate, steps)
     else:
-        given = np.asarray(learning_rate, np.float64)
+        try:
+            given = np.asarray(learning_rate, np.float64)
+        except (TypeError, ValueError) as error:
+            raise QueryError(
+                f"the learning rate is {learning_rate!r:.60}",
+                why="every product is multiplied by it",
+                fix=f"a number, float[{total}], or a function of the step such as an optax "
+                "schedule",
+            ) from error
         if given.shape not in ((), (total,)):
             raise QueryError(
                 f"the learning rate has shape {list(given.shape)}",
@@ -299,12 +307,12 @@ def states_of(checkpoints: Sequence[int], last: int) -> list[int]:
     Raises:
         QueryError: there are no such states, or some are given twice.
     """
-    given = np.asarray(checkpoints)
-    plain = given.ndim == 1 and given.dtype.kind in "iu" and given.size > 0
-    found = sorted({int(x) + (last + 1) * (x < 0) for x in given}) if plain else []
-    if len(found) < given.size or not found or found[0] < 0 or found[-1] > last:
+    given = whole_numbers(checkpoints)
+    plain = [] if given is None else given.tolist()
+    found = sorted({x + last + 1 if x < 0 else x for x in plain})
+    if len(found) < len(plain) or not found or found[0] < 0 or found[-1] > last:
         raise QueryError(
-            f"checkpoints={given.tolist()!r:.60} of a run with states 0 to {last}",
+            f"checkpoints={checkpoints!r:.60} of a run with states 0 to {last}",
             why="each is a state that all samples are looked at in, once",
             fix="checkpoints=run.checkpoints, or some of the states",
         )
@@ -319,17 +327,16 @@ def rows_of(samples: Any, known: np.ndarray) -> np.ndarray:
     """
     if samples is None:
         return known
-    chosen = np.asarray(samples)
-    plain = chosen.ndim == 1 and chosen.dtype.kind in "iu" and chosen.size > 0
-    unknown = chosen[~np.isin(chosen, known)].tolist() if plain else []
-    if not plain or unknown or len(np.unique(chosen)) < len(chosen):
-        what = f"{unknown[:6]} among them" if unknown else f"{chosen.tolist()!r:.60}"
+    chosen = whole_numbers(samples)
+    unknown = [] if chosen is None else chosen[~np.isin(chosen, known)].tolist()
+    if chosen is None or not len(chosen) or unknown or len(np.unique(chosen)) < len(chosen):
+        what = f"{unknown[:6]} among them" if unknown else f"{samples!r:.60}"
         raise QueryError(
             f"scores are asked for samples, {what}",
             why="each sample that is visited can have one row of scores, and no other sample can",
             fix="samples=[3, 17, 20], or leave it out for all",
         )
-    return chosen.astype(np.int64)
+    return chosen
 
 
 def tracin(

@@ -22,7 +22,7 @@ from jax import export, lax
 
 from replay import artifact
 from replay.artifact import KEY_IMPLEMENTATION, Signature
-from replay.identity import setting
+from replay.identity import setting, sha256
 from replay.program import Inputs, Program
 from replay.tree import lower
 
@@ -241,7 +241,8 @@ class Measure:
 
     Attributes:
         shape: of the metric of one lane.
-        hash: of what is computed, with all constants; None where it cannot be exported.
+        hash: of what is computed, with all constants and with the content of `extra`, which is an
+            argument of the program; None where it cannot be exported.
     """
 
     def __init__(
@@ -277,7 +278,11 @@ class Measure:
         except (NotImplementedError, ValueError):  # a callback, of which no hash tells anything
             self.hash, self._measure = None, jitted.lower(*arguments).compile()
         else:
-            self.hash, self._measure = _compiled(exported, arguments, donate=False)
+            text, self._measure = _compiled(exported, arguments, donate=False)
+            content = [
+                (str(x.dtype), x.shape, sha256(np.asarray(x).tobytes())) for x in self._extra
+            ]
+            self.hash = sha256(repr((text, content)).encode())
 
     def __call__(self, states: Sequence[Any], lanes: int) -> np.ndarray:
         """Return the metric of the first lanes, `[lanes, *shape]`."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from replay.data import Data
+from replay.data import Data, spaced
 from replay.errors import ProgramError, QueryError
 from replay.frames import of_the_form
 from replay.lanes import Functions
@@ -68,10 +68,9 @@ def metric_of(
         )
     data = data if metric is None else of_the_form(log, metric)
     count, size = len(data), log.header.signature.batch_size
-    ids = np.arange(count)
-    if metric is None and count > _MOST_SAMPLES:  # evenly spread, so that all kinds are there
-        ids = np.arange(_MOST_SAMPLES) * (count - 1) // (_MOST_SAMPLES - 1)
-        count = _MOST_SAMPLES
+    # Evenly spread, so that all kinds are there.
+    ids = np.arange(count) if metric is not None else spaced(count, _MOST_SAMPLES)
+    count = len(ids)
     padded = np.full(-(-count // size) * size, -1, np.int32)
     padded[:count] = ids
     rows = padded.reshape(-1, size)
@@ -99,6 +98,13 @@ def _of_params(metric: Callable, params: Callable) -> Callable:
                 why="effects are differences of one number, or of one array of numbers",
                 fix="metric=lambda params: ..., which returns a scalar or an array",
             )
-        return jnp.asarray(leaves[0])
+        found = jnp.asarray(leaves[0])
+        if not found.size or jnp.issubdtype(found.dtype, jnp.complexfloating):
+            raise QueryError(
+                f"the metric returned {found.dtype}{list(found.shape)}",
+                why="effects are differences of real numbers, ranked by their size",
+                fix="return one number or more; of a complex one the real part, or jnp.abs of it",
+            )
+        return found
 
     return of_params

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from replay.api import Run, compute
-from replay.data import Data
+from replay.data import Data, spaced
 from replay.errors import QueryError
 from replay.query.expressions import Expression
 from replay.results import Result
@@ -548,17 +548,8 @@ def samples_of(run: Run, ids: np.ndarray | None = None) -> Data | None:
     """Return samples that runs are tested on: those of the first, evenly spaced or by their ids."""
     if run.data is None:
         return None
-    ids = spaced(len(run.data)) if ids is None else ids
+    ids = spaced(len(run.data), _MOST_SAMPLES) if ids is None else ids
     return Data.of_leaves(run.data.leaves(ids), [leaf.path for leaf in run.data.spec])
-
-
-def spaced(count: int, most: int = _MOST_SAMPLES) -> np.ndarray:
-    """Return at most so many numbers below a count, evenly spaced, the first and last among them.
-
-    >>> spaced(9, 3)
-    array([0, 4, 8])
-    """
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 def check_alike(run: Run, other: Run) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from replay import artifact
+from replay.data import check_precision
 from replay.errors import Grade, LogError, ProgramError
 from replay.grads import archive
 from replay.grads.factors import Outer, Rows
@@ -70,6 +71,7 @@ class SampleGradients:
             )
         self._log, self._allow = log, allow
         self._signature = log.header.signature
+        check_precision((*self._signature.state, *self._signature.batch), str(log.place))
         self._memory = memory
         self._ways: dict[str, list[tuple[Group, Callable[..., list[Any]]]]] = {}
         self.names = [

@@ -240,8 +240,17 @@ class _Remote:
         self.leaves = leaves
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        assert self.leaves is not None
-        return iter(self.leaves)
+        return iter(self._here())
+
+    def __getitem__(self, leaf: int) -> np.ndarray:
+        return self._here()[leaf]
+
+    def __len__(self) -> int:
+        return len(self._here())
+
+    def _here(self) -> list[np.ndarray]:
+        assert self.leaves is not None, "only a walk that keeps states looks into them"
+        return self.leaves
 
 
 def _end(process: subprocess.Popen, errors: IO[bytes]) -> None:

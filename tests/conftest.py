@@ -52,7 +52,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 # The files that take longest; processes side by side then end at about the same time.
-LONG = "contract query cache sql kill recorder cli reduce indexes grads".split()
+LONG = (
+    "contract query cache sql kill recorder cli counterfactuals fork reduce indexes grads influence"
+).split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

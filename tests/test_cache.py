@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import hypothesis
@@ -22,8 +23,10 @@ from tiny import compile_once  # noqa: F401  # the fixture is there for who impo
 
 import replay
 from replay import cli, execute
+from replay.cache import Cache
 from replay.query.expressions import Expression
 from replay.query.nodes import restrict
+from replay.store import KeyValues, Place
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -441,6 +444,29 @@ def test_ctrl_c_keeps_the_cells_that_are_finished(path, monkeypatch):
             asked(path, path_length)
     found, steps, _ = asked(path, path_length)
     assert (found, steps) == (asked(path, path_length, cache=False)[0], 80)
+
+
+def test_whoever_flushes_waits_for_all_that_was_kept_before(path, monkeypatch):
+    write, pause = KeyValues.write_arrays, threading.Event()
+
+    def slowly(self, *arguments):
+        pause.wait(0.1)
+        return write(self, *arguments)
+
+    monkeypatch.setattr(KeyValues, "write_arrays", slowly)
+    cache = Cache(Place(path), "both", 2**24)
+    plans, together, lost = ["one", "two", "three"], threading.Barrier(3), []
+
+    def work(plan):
+        value = (np.ones(3), ["a"], {})
+        cache.keep(plan, {}, [value], about=plan, seconds=1.0)
+        together.wait()
+        cache.flush()
+        lost.extend(plan for plan in plans if not cache.has(plan))
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, plans))
+    assert lost == []
 
 
 def test_an_executor_shares_what_is_kept(path):

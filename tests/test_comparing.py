@@ -1,5 +1,6 @@
 import functools
 import io
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,45 @@ def test_a_run_is_at_no_distance_from_itself_and_never_parts_from_it(run):
     parting = both.partings["tiny (2)"]
     assert parting.never and parting.settings == ()
     assert str(parting).startswith("never differ: the same samples and losses in all 24 steps")
+
+
+def test_tensors_are_matched_by_their_names_in_whatever_order_programs_list_them(folder):
+    class Reversed(NamedTuple):
+        b: np.ndarray
+        a: np.ndarray
+
+    def loss(params, example, key):
+        params = params._asdict() if isinstance(params, Reversed) else params
+        return ((example["x"] * params["a"]).sum() + params["b"].sum() * example["y"]) ** 2
+
+    a, b = np.ones(3, np.float32), np.full(3, 2, np.float32)
+    first, other = (
+        tiny.record(folder / name, replay.Program(params, loss, optax.sgd(1e-3)))
+        for name, params in (("by name", {"a": a, "b": b}), ("reversed", Reversed(b, a)))
+    )
+    assert [leaf.path for leaf in other.tensors] == ["b", "a"]
+    both = compare(first, other)
+    for prefix in ("", "tensor_"):
+        assert (both.distances[f"{prefix}distance"].values == 0).all()
+        assert (both.distances[f"{prefix}moved_cosine"].values[:, 1:] == 1).all()
+    assert both.distances["tensor"].values.tolist() == ["a", "b"]
+    moved = [np.linalg.norm(other.state(-1).params[name] - x) for name, x in (("a", a), ("b", b))]
+    found = both.distances["tensor_moved"].sel(run="reversed", state=tiny.STEPS)
+    np.testing.assert_allclose(found, moved, rtol=1e-6)
+
+
+def test_a_run_that_was_trained_on_in_between_is_another(folder):
+    with tiny.recorder(folder / "growing") as recorder:
+        recorder.advance(8)
+    early = replay.open(folder / "growing")
+    with tiny.recorder(folder / "growing", resume=True) as recorder:
+        recorder.advance()
+    late = replay.open(folder / "growing")
+    both = compare(early, late, replay.open(folder / "growing"))
+    assert [run.steps for run in both.runs] == [8, 24, 24]
+    assert both.runs[1] is both.runs[2]
+    assert (both.sel(state=8).distances["distance"].values == 0).all()
+    assert (both.travelled()["travelled"].values == both.travelled()["travelled"].values[0]).all()
 
 
 def test_a_run_that_is_opened_twice_is_one_run(run):
@@ -310,6 +350,44 @@ def test_accuracy_is_read_from_tagged_logits_or_told_by_a_function(classified):
     assert untagged.progress.attrs["accuracy"].startswith("unknown: pass accuracy=")
 
 
+@pytest.mark.parametrize(
+    ("logits", "label"),
+    [
+        (lambda z: z[0], [0, 1]),  # one number: its largest is always the first
+        (lambda z: z[:1], [0, 1]),
+        (lambda z: z[:2], [0, 1, 2]),  # a class that has no logit
+        (lambda z: z[:2], [-1, 1]),
+        (lambda z: jnp.stack([z, z]), [0, 1]),  # of each of several tokens
+    ],
+)
+def test_what_is_no_logit_for_each_class_tells_no_accuracy(logits, label, tmp_path):
+    data = {"x": tiny.DATA["x"], "label": np.resize(np.int32(label), tiny.SAMPLES)}
+
+    def loss(params, example, key):
+        tagged = checkpoint_name(logits(example["x"] @ params["w"]), "logits")
+        return (tagged**2).sum() + 0 * example["label"].astype(jnp.float32)
+
+    program = replay.Program({"w": np.eye(3, dtype=np.float32)}, loss, optax.sgd(0.1))
+    run = tiny.record(tmp_path / "run", program, data)
+    both = compare(run, run, test={name: x[:2] for name, x in data.items()}, states=[8])
+    assert set(both.progress.data_vars) == {"train_loss", "test_loss", "moved", "distance"}
+    assert both.progress.attrs["accuracy"].startswith("unknown: pass accuracy=")
+
+
+def test_runs_of_which_one_has_other_logits_tell_no_accuracy(classified, folder):
+    (a, _), data = classified
+
+    def loss(params, example, key):
+        logits = checkpoint_name((example["x"] @ params["w"])[0], "logits")
+        return (logits - example["label"]) ** 2
+
+    with jax.numpy_dtype_promotion("standard"):
+        program = replay.Program({"w": np.eye(4, 3, dtype=np.float32)}, loss, optax.sgd(0.01))
+        b = tiny.record(folder / "one logit", program, data)
+    assert "train_accuracy" in compare(a, a, states=[0]).progress
+    assert "train_accuracy" not in compare(a, b, states=[0]).progress
+
+
 def test_a_function_of_accuracy_tells_of_every_sample(run, swapped):
     both = compare(run, swapped, accuracy=lambda params, batch: jnp.mean(batch["y"]))
     with pytest.raises(replay.QueryError, match=r"accuracy returned \[\] for a batch of 16"):
@@ -322,6 +400,22 @@ def test_curves_hold_what_all_runs_have_logged(run, other):
     assert (curves["loss"].values[1, :12] == other.history()["loss"]).all()
     assert np.isnan(curves["loss"].values[1, 12:]).all()
     assert curves.attrs["grade"] == "LOGGED"
+
+
+def test_a_name_that_one_run_logs_by_step_and_another_by_state_is_two_curves(run, folder):
+    def with_metric(params, example, key):
+        return tiny.loss(params, example, key), {"accuracy": example["y"]}
+
+    by_step = tiny.record(folder / "by step", tiny.program(with_metric))
+    with tiny.recorder(folder / "by state") as recorder:
+        while recorder.advance(8):
+            recorder.log(accuracy=float(recorder.step), other=1.0)
+    curves = compare(by_step, replay.open(folder / "by state"), run).curves
+    assert set(curves.data_vars) == {"loss", "accuracy", "logged/accuracy", "other"}
+    assert (curves["accuracy"].values[0] == by_step.history()["accuracy"]).all()
+    assert np.isnan(curves["accuracy"].values[1:]).all()
+    assert curves["logged/accuracy"].values[1, [8, 16, 24]].tolist() == [8.0, 16.0, 24.0]
+    assert np.isnan(curves["logged/accuracy"].values[[0, 2]]).all()
 
 
 # ----------------------------------------------------------------------------- states and refusals
@@ -356,6 +450,13 @@ def test_runs_of_another_architecture_are_refused_with_the_first_difference(run,
         (lambda a, b: compare(a, b, states=13), "the runs are compared at state 13"),
         (lambda a, b: compare(a, b).sel(state=[3, 13]), "the runs are compared at state 13"),
         (lambda a, b: compare(a, b, states=[]), "the runs are compared at no state"),
+        (lambda a, b: compare(a, b, states="x"), "the runs are compared at states='x'"),
+        (lambda a, b: compare(a, b, states=1.5), "the runs are compared at states=1.5"),
+        (lambda a, b: compare(a, b, states=[[1], [2, 3]]), "the runs are compared at states="),
+        (lambda a, b: compare(a, b, states=slice(0.5)), "the runs are compared at states="),
+        (lambda a, b: compare(a.path, b), "'/"),
+        (lambda a, b: compare(a, b, train=[0.5]), "train=[0.5]"),
+        (lambda a, b: compare(a, b, train=2.5), "train=2.5"),
         (lambda a, b: compare(a, b, names=["x"]), "1 names, 1 of them different, for 2 runs"),
         (lambda a, b: compare(a, b, names=["x", "x"]), "2 names, 1 of them different, for 2"),
         (lambda a, b: compare(a, b, train=[16]), "there is no training sample 16"),

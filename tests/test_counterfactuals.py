@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import pytest
 import scipy.stats
 
 import replay
-from replay import edited, effects, lanes
+from replay import counterfactuals, edited, effects, lanes
 from replay.edits import Edit, all_orders, leave_one_out, leave_out, leave_some_out
 from replay.errors import DataError, LogError, OrderError, ProgramError, QueryError
 from replay.identity import threads
@@ -241,6 +242,28 @@ def test_what_is_staged_and_how_lanes_are_dealt_out_changes_no_bit(run, monkeypa
     assert (found.dataset["null_effect"].values == expected.dataset["null_effect"].values).all()
 
 
+def test_data_of_a_user_has_one_reader_at_a_time(tmp_path, monkeypatch):
+    reading, pause = threading.Lock(), threading.Event()
+
+    class OneByOne:
+        def __len__(self):
+            return tiny.SAMPLES
+
+        def __getitem__(self, sample):
+            assert reading.acquire(blocking=False), "two read at once"
+            pause.wait(1e-4)
+            found = {name: x[int(sample)] for name, x in tiny.DATA.items()}
+            reading.release()
+            return found
+
+    tiny.record(tmp_path / "run", embed=False)
+    run = replay.open(tmp_path / "run", data=OneByOne())
+    monkeypatch.setattr(edited, "_RESIDENT", 0)
+    monkeypatch.setattr(counterfactuals, "_workers", lambda lanes: 4)
+    found = run.counterfactuals(leave_one_out(range(8)), lanes=4)
+    assert found.dataset.attrs["batches"] == 8 and found.effect.values.all()
+
+
 def test_a_fork_has_counterfactuals_from_where_it_begins(run, tmp_path):
     fork = run.fork(tmp_path / "fork", at=8, sample_weights={3: 0.0})
     found = fork.counterfactuals([Edit(sample_weights={3: 1.0})], at=8, metric=flat)
@@ -405,6 +428,16 @@ def test_confirmed_forks_are_kept_too(kept, monkeypatch):
     assert (again.confirmed["fork"].values == first.confirmed["fork"].values).all()
 
 
+def test_other_samples_of_the_same_form_are_another_question(kept):
+    sets = [{name: x[:10] + shift for name, x in tiny.DATA.items()} for shift in (0, 1)]
+    first, second = (answer(kept, None, metric=x, confirm=[4]) for x in sets)
+    fresh = answer(kept, None, metric=sets[1], confirm=[4], cache=False)
+    assert same(second, fresh) and not same(first, second)
+    assert (second.confirmed["fork"].values == fresh.confirmed["fork"].values).all()
+    assert (second.confirmed["fork"].values != first.confirmed["fork"].values).any()
+    assert (second.dataset["control"].values[0] == second.dataset["recorded"].values).all()
+
+
 # -------------------------------------------------------------------------------------- errors
 
 
@@ -443,6 +476,19 @@ def test_confirmed_forks_are_kept_too(kept, monkeypatch):
         ([Edit()], {"memory": 100}, QueryError, "2 lanes take 0 MiB"),
         ([Edit()], {"metric": lambda p: (p["out"], p["out"])}, QueryError, "returned 2 leaves"),
         ([Edit()], {"metric": np.zeros((3, 7), np.float32)}, DataError, "examples of"),
+        ([3], {}, QueryError, "edits has int in it"),
+        (Edit(), {}, QueryError, "edits is a single edit"),
+        ([Edit()], {"confirm": 1.0}, QueryError, "confirm=1.0 of 1 edits"),
+        ([Edit()], {"confirm": [0.7]}, QueryError, r"confirm=\[0.7\] of 1 edits"),
+        ([Edit()], {"seed": -1}, QueryError, "seed=-1"),
+        ([Edit()], {"seed": 0.5}, QueryError, "seed=0.5"),
+        (
+            [Edit()],
+            {"metric": lambda p: jax.lax.complex(*[p["out"]] * 2)},
+            QueryError,
+            r"returned complex64\[5\]",
+        ),
+        ([Edit()], {"metric": lambda p: p["out"][:0]}, QueryError, r"returned float32\[0\]"),
     ],
 )
 def test_what_cannot_be_answered_fails_at_the_call(run, edits, options, error, text):
@@ -457,6 +503,28 @@ def test_lanes_side_by_side_need_the_program_and_one_by_one_do_not(path):
         run.counterfactuals([Edit()], form="vmap")
     assert "replay.open(" in caught.value.fix and "program=program" in caught.value.fix
     assert run.counterfactuals([Edit()], form="map").effect.values.tolist() == [0]
+
+
+def test_numbers_of_64_bits_need_a_process_with_x64(tmp_path):
+    with jax.enable_x64(True):
+        weights = {name: x.astype(np.float64) for name, x in tiny.WEIGHTS.items()}
+        data = {name: x.astype(np.float64) for name, x in tiny.DATA.items()}
+
+        def loss(params, example, key):
+            return (jnp.tanh(example["x"] @ params["hidden"]) @ params["out"] - example["y"]) ** 2
+
+        wide = tiny.record(tmp_path / "run", tiny.program(loss, weights), data)
+        found = wide.counterfactuals([leave_out([3])], metric=lambda p: p["out"])
+        assert found.effect.values.any() and found.dataset.attrs["control_weight_deviation"] == 0
+    run = replay.open(tmp_path / "run")
+    for ask in (
+        lambda: run.counterfactuals([leave_out([3])]),
+        lambda: run.updates.norm("weight").compute(),
+        lambda: run.reduce(replay.reductions.Norm()),
+    ):
+        with pytest.raises(DataError, match="was recorded with x64: params/hidden is float64") as e:
+            ask()
+        assert "jax_enable_x64" in e.value.fix
 
 
 def test_a_run_that_was_fed_has_no_counterfactuals(tmp_path):
@@ -484,6 +552,32 @@ def test_scores_that_foretell_effects_have_a_score_of_one_and_others_less(run):
     assert np.isnan(found.lds(np.zeros(tiny.SAMPLES)).mean)
     with pytest.raises(QueryError, match="the scores have shape"):
         found.lds(np.zeros((tiny.SAMPLES, 3)))
+
+
+def test_lanes_that_have_diverged_come_first_and_have_no_rank(run):
+    edits = [*leave_one_out(range(6)), Edit(sample_weights={3: 1e38}, name="boom")]
+    with pytest.warns(RuntimeWarning, match="the mean loss of step"):  # of a real fork
+        found = run.counterfactuals(edits, confirm=2, seed=0)
+    effects_of = found.effect.values
+    assert np.isnan(effects_of).tolist() == [False] * 6 + [True]
+    assert found.top(2)["name"].tolist() == ["boom", edits[found.top(2)["edit"][1]].name]
+    assert found.confirmed["name"].values[0] == "boom"
+    scores = np.concatenate([effects_of[:6], np.ones(10)])
+    assert found.lds(scores) == (1.0, 1.0, 1)
+    assert run.counterfactuals(edits[:6]).lds(scores) == (1.0, 1.0, 0)
+    assert np.isnan(found.lds(np.full(16, np.nan)).mean)
+    assert np.isnan(effects.spearman(np.arange(3.0), np.array([0.0, np.nan, 1.0])))
+
+
+def test_null_lanes_that_are_not_finite_are_not_said_to_agree(run):
+    found = run.counterfactuals([leave_out([1])], metric=lambda params: jnp.stack([
+        params["out"][0], jnp.log(-jnp.abs(params["out"][0])), jnp.ones(())
+    ]))  # fmt: skip
+    attrs = found.dataset.attrs
+    assert (attrs["without_noise"], attrs["noise_not_finite"]) == (1, 1)
+    assert "null lanes are not finite in 1 of 3 components" in repr(found)
+    assert np.isnan(found.effect_in_noise.values[0, 1:]).all()
+    assert np.isnan(effects.in_noise(np.ones(2), np.array([np.inf, 0]))).all()
 
 
 def test_scores_of_samples_say_nothing_of_orders(run):

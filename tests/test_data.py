@@ -734,4 +734,4 @@ def test_paths_that_contradict_each_other_are_refused(paths):
 
 
 def test_the_examples_in_the_documentation_are_right():
-    assert doctest.testmod(replay.data) == (0, 4)
+    assert doctest.testmod(replay.data) == (0, 6)

@@ -302,6 +302,7 @@ def test_at_chosen_states_every_sample_is_visited_once(run):
         lengths += RATE / tiny.BATCH * norms
     check(found["value"].values, truth, lengths)
     assert found["visits"].values.tolist() == [2] * 16
+    assert [type(state) for state in found.attrs["states"]] == [int, int]
     assert found.attrs["states"] == [8, 24] and found.attrs["grade"] == "BITWISE"
     between = run.tracin(OTHERS, learning_rate=RATE, checkpoints=[9], samples=[3])
     assert between.attrs["grade"] == "UNAUDITED" and between["value"].shape == (1, 6)
@@ -333,6 +334,10 @@ def test_a_fork_is_scored_over_the_steps_it_shares_and_over_its_own(run, tmp_pat
         ({"checkpoints": [24, -1]}, r"checkpoints=\[24, -1\]"),
         ({"checkpoints": []}, r"checkpoints=\[\]"),
         ({"checkpoints": [8], "steps": slice(3)}, "both steps and checkpoints are given"),
+        ({"checkpoints": [[1], [2, 3]]}, r"checkpoints=\[\[1\], \[2, 3\]\]"),
+        ({"samples": [[1], [2, 3]]}, r"asked for samples, \[\[1\], \[2, 3\]\]"),
+        ({"samples": [0.5]}, r"asked for samples, \[0.5\]"),
+        ({"learning_rate": "x"}, "the learning rate is 'x'"),
         ({"samples": [3, 16]}, r"asked for samples, \[16\] among them"),
         ({"samples": [3, 3]}, r"asked for samples, \[3, 3\]"),
         ({"samples": []}, r"asked for samples, \[\]"),

@@ -590,6 +590,38 @@ print(json.dumps([[np.asarray(v).tobytes().hex() for v in several_questions(repl
         assert [np.asarray(x).tobytes().hex() for x in several_questions(run)] == there
 
 
+def looked_into(path):
+    """Return bits of what states and gradients of every step are looked into for."""
+    run = replay.open(path)
+    answers = [
+        run.weights.sel(state=3).compute(),
+        run.updates.norm("weight").compute(),
+        run.sample_grads.sel(step=[2, 9]).norm("weight").compute(),
+        replay.compare(run, run, states=[3]).distances,
+    ]
+    found = [x.values.tobytes().hex() for each in answers for x in each.data_vars.values()]
+    norms = run.reduce(replay.reductions.Norm()).answers[0]
+    return found + [np.asarray(x).tobytes().hex() for x in jax.tree.leaves(norms)]
+
+
+def test_a_process_with_another_thread_count_answers_with_the_same_bits(small):
+    path, count = small.run.path, small.run.log.header.environment["threads"] + 1
+    source = f"""
+import sys
+sys.path[:0] = {[str(pathlib.Path(__file__).parent.parent), str(pathlib.Path(__file__).parent)]}
+import test_query
+print(*test_query.looked_into({path!r}), sep=chr(10))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        env={**os.environ, "NPROC": str(count)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.stdout.splitlines() == looked_into(path), done.stderr
+
+
 def several_questions(run):
     results = replay.compute(
         abs(run.updates).sum("step"),

@@ -453,6 +453,36 @@ def test_a_worker_of_a_forged_run_dumps_nothing(honest, tmp_path, monkeypatch):
     assert not dump.exists()
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        5,
+        None,
+        [1],
+        [{}],
+        [{"name": 5, "shape": [4], "dtype": "float32"}],
+        [{"name": "logits", "shape": 4, "dtype": "float32"}],
+        [{"name": "logits", "shape": [-4], "dtype": "float32"}],
+        [{"name": "logits", "shape": [4], "dtype": None}],
+    ],
+    ids=repr,
+)
+def test_a_table_of_activations_that_is_none_is_refused(honest, tmp_path, table):
+    header = honest.header()
+    header["programs"]["activations"] = {**header["programs"]["losses"], "table": table}
+    path = honest.forge(tmp_path / "run", header)
+    refuse(replay.LogError, "run.msgpack is not the header of a run", replay.open, path)
+
+
+def test_activations_of_no_type_are_refused_when_they_are_asked_for(honest, tmp_path):
+    header = honest.header()
+    table = [{"name": "logits", "shape": [4], "dtype": "floats"}]
+    header["programs"]["activations"] = {**header["programs"]["losses"], "table": table}
+    run = replay.open(honest.forge(tmp_path / "run", header))
+    question = run.activations("logits").sel(step=3)
+    refuse(replay.LogError, "the table of activations is wrong", question.compute)
+
+
 # ----------------------------------------------------------------------------------------- names
 
 NAMES = ["../../escape", "/etc/passwd", "..", "params/../../x", "a/./b", "C:\\x", "~/x", "%2e%2e"]

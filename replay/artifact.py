@@ -4,10 +4,13 @@ Recording runs through these artifacts from the start, so that a replay without 
 is the same program and not an equivalent one.
 """
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import re
 import reprlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -52,6 +55,9 @@ ALLOWED_CALLS = frozenset(
 )
 
 _SYMBOL = re.compile(r'@("[^"]*"|[\w.$-]+)')
+
+_COMPILED: collections.OrderedDict[tuple, Callable[..., Any]] = collections.OrderedDict()
+_COMPILING, _MOST_COMPILED = threading.Lock(), 16
 
 # No custom calls, but they wait for ever for something that this process does not send.
 _WAITING = {f"stablehlo.{name}" for name in ("infeed", "outfeed", "send", "recv")}
@@ -521,11 +527,33 @@ def custom_calls(exported: export.Exported) -> set[str]:
 def compile(
     exported: export.Exported, signature: Signature, name: str, *, donate: bool
 ) -> Callable[..., Any]:
-    """Compile a program for its concrete shapes, donating the state if asked to."""
-    donated = tuple(range(len(signature.state))) if donate else ()
-    return (
-        jax.jit(exported.call, donate_argnums=donated).lower(*signature.arguments(name)).compile()
-    )
+    """Compile a program for its concrete shapes, donating the state if asked to.
+
+    The last few are kept: runs that carry one program, such as forks of a run, and a run that is
+    opened again, share what is compiled of it.
+    """
+    key = (bytes(exported.mlir_module_serialized), signature, name, donate)
+    with _COMPILING:
+        if key not in _COMPILED:
+            donated = tuple(range(len(signature.state))) if donate else ()
+            program = jax.jit(exported.call, donate_argnums=donated)
+            _COMPILED[key] = program.lower(*signature.arguments(name)).compile()
+            while len(_COMPILED) > _MOST_COMPILED:
+                _COMPILED.popitem(last=False)
+        _COMPILED.move_to_end(key)
+        return _COMPILED[key]
+
+
+@functools.lru_cache(maxsize=64)
+def jitted(
+    name: str,
+    data: bytes,
+    signature: Signature,
+    allow: tuple[str, ...],
+    results: tuple[jax.ShapeDtypeStruct, ...] | None,
+) -> Callable[..., Any]:
+    """Return a program that observes, as `load` reads it; compiled once for all that carry it."""
+    return jax.jit(load(name, data, signature, allow=allow, results=results).call)
 
 
 def _struct(shape, dtype) -> jax.ShapeDtypeStruct:

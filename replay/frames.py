@@ -15,7 +15,6 @@ import numpy as np
 from jax import lax
 
 from replay import artifact
-from replay.artifact import Signature
 from replay.data import Data, check_precision
 from replay.errors import DataError, LogError, QueryError
 from replay.grads.gradients import Gradients
@@ -110,18 +109,12 @@ class Observers:
                     why="it says what the archived program returns",
                     fix="restore run.msgpack from a copy of the run",
                 ) from error
-        return _jitted(name, log.program(name), self.signature, tuple(self._allow), results)
+        return artifact.jitted(name, log.program(name), self.signature, tuple(self._allow), results)
 
     def activations(self) -> list[str]:
         """Return the names of the intermediates that were tagged."""
         entry = self.log.header.programs.get("activations")
         return [leaf["name"] for leaf in entry["table"]] if entry else []
-
-
-@functools.lru_cache(maxsize=64)
-def _jitted(name: str, data: bytes, signature: Signature, allow: Any, results: Any) -> Any:
-    """Return a program, compiled once for all runs that carry it, such as forks of one run."""
-    return jax.jit(artifact.load(name, data, signature, allow=allow, results=results).call)
 
 
 class Frame:

@@ -69,7 +69,7 @@ class SampleGradients:
                 why="from_functions was not told how a sample's gradient is computed",
                 fix="record with Program.from_functions(..., sample_gradient=...)",
             )
-        self._log, self._allow = log, allow
+        self._log, self._allow = log, tuple(allow)
         self._signature = log.header.signature
         check_precision((*self._signature.state, *self._signature.batch), str(log.place))
         self._memory = memory
@@ -194,8 +194,8 @@ class SampleGradients:
         table, groups = self._table(), []
         rest = list(range(len(self.names)))
         if way == "factored" and table.tensors:
-            exported = self._load("factors", table.results)
-            run = jax.jit(exported.call)
+            data, results = self._log.program("factors"), tuple(table.results)
+            run = artifact.jitted("factors", data, self._signature, self._allow, results)
 
             def factors(*inputs):
                 return table.payloads(run(*inputs))
@@ -208,7 +208,8 @@ class SampleGradients:
         return groups
 
     def _scan(self, numbers: list[int]) -> tuple[Group, Callable[..., list[Any]]]:
-        exported = self._load("sample_gradient", None)
+        data = self._log.program("sample_gradient")
+        exported = artifact.load("sample_gradient", data, self._signature, allow=self._allow)
         grads = [self._signature.grads[number] for number in numbers]
         forms = [Form(tuple(leaf.shape), leaf.dtype, "whole") for leaf in grads]
         tensors = {
@@ -234,10 +235,6 @@ class SampleGradients:
             )
         at_once = max(1, min(8, self._memory // max(each, 1)))
         return Group("scan", tensors, each, at_once, produce), produce
-
-    def _load(self, name: str, results: Any) -> Any:
-        data = self._log.program(name)
-        return artifact.load(name, data, self._signature, allow=self._allow, results=results)
 
 
 @jax.jit

@@ -5,6 +5,7 @@ stretches of inputs, so that whatever it computes it computes the same way both 
 """
 
 import contextlib
+import functools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from replay.data import Data, checksum
 from replay.errors import DataError
 from replay.identity import fingerprint, settings_here, sha256
 from replay.log import Log
+from replay.tree import Leaf
 
 
 class Stretch(NamedTuple):
@@ -130,12 +132,7 @@ class LocalEngine:
             name: compile(exported[name], signature, name, donate=not keep)
             for name in signature.programs
         }
-        # Compiled here, because `jit` would compile twice, for the leaves that `load` makes and for
-        # those that a program returns: the second time in the middle of the training.
-        state = [leaf.struct for leaf in signature.state]
-        self._fingerprint = jax.jit(fingerprint).lower(state).compile()
-        copy = jax.jit(lambda leaves: [jnp.copy(leaf) for leaf in leaves])
-        self._copy = copy.lower(state).compile()
+        self._fingerprint, self._copy = _of_states(signature.state)
 
     def load(self, leaves: Sequence[Any]) -> list[jax.Array]:
         """Take raw leaves as a state; a copy, because the next step may donate it."""
@@ -208,6 +205,18 @@ class LocalEngine:
             before = state if self._keep else None
             yield Executed(stretch.start + first, size, losses, aux, grads, before, after)
             state = after
+
+
+@functools.lru_cache(maxsize=16)
+def _of_states(leaves: tuple[Leaf, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return what takes the fingerprint of a state, and what copies one.
+
+    Compiled here, because `jit` would compile twice, for the leaves that `load` makes and for those
+    that a program returns: the second time in the middle of the training.
+    """
+    state = [leaf.struct for leaf in leaves]
+    copy = jax.jit(lambda leaves: [jnp.copy(leaf) for leaf in leaves])
+    return jax.jit(fingerprint).lower(state).compile(), copy.lower(state).compile()
 
 
 class _Rows(NamedTuple):

@@ -10,8 +10,11 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SOURCES := replay kernels experiments tests
 # pyright would announce its newer versions, but the version is pinned in pyproject.toml.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
-# Compilation keeps one core busy. The tests of a file share recordings, so they stay together.
-PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
+# Compilation keeps one core busy, and a test that waits for a process of its own none: hence one
+# worker more than there are cores. The tests of a file share recordings, so they stay together.
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); \
+	echo $$((n < 4 ? n + 1 : 4)))
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 .PHONY: help demo test test-all lint bench clean
 

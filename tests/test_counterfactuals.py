@@ -366,7 +366,7 @@ def same(found, expected):
     return all((found.dataset[n].values == expected.dataset[n].values).all() for n in names)
 
 
-@BOTH
+@pytest.mark.parametrize("form", ["map", pytest.param("vmap", marks=pytest.mark.full)])
 def test_an_interrupted_call_goes_on_to_the_same_numbers(kept, path, form):
     expected = answer(path, None, cache=False, form=form)
     with pytest.raises(KeyboardInterrupt):

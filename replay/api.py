@@ -1148,7 +1148,7 @@ def _edit(edit: Edit | None, changes: Mapping[str, Any]) -> Edit:
         raise OrderError(
             f"a fork has no {', '.join(strange)}" if strange else "a fork was given two edits",
             why=f"an edit changes {', '.join(known[:-1])}",
-            fix="run.fork(path, at=280, order=...), or run.fork(path, edit, at=280)",
+            fix="run.fork(path, at=0, order=...), or run.fork(path, edit, at=0)",
         )
     return Edit(**changes) if edit is None else edit
 

@@ -30,6 +30,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from replay import demo, questions, report
+from replay.ancestry import FOLDER
 from replay.api import Run, open
 from replay.comparing import compare
 from replay.errors import DataError, Grade, LogError, ReplayError, printable
@@ -341,7 +342,10 @@ def fork(
                 why="a change makes another run; without one, the run itself is trained to its end",
                 fix=f"replay fork {recorded.path} FORK --at ..., with the folder of the new run",
             )
-        recorded.resume(until=until)
+        try:
+            recorded.resume(until=until)
+        except KeyboardInterrupt:
+            return _stopped(run)
         _say(repr(recorded))
         return 0
 
@@ -362,18 +366,25 @@ def fork(
     factors |= {} if refill else dict.fromkeys(drop, 0.0)
     hyperparameters = _numbers("set", set)
     reordered = swap is not None or reverse or reshuffle or (drop and refill)
-    made = recorded.fork(
-        path,
+    changes: dict[str, Any] = dict(
         at=at,
         order=edited if reordered else None,
         sample_weights=factors or None,
         optimizer=hyperparameters or None,
         key=None if key is None else jax.random.key(key),
-        until=until,
-        train=not no_train,
     )
+    try:
+        made = recorded.fork(path, until=until, train=not no_train, **changes)
+    except KeyboardInterrupt:
+        return _stopped(path)
     _say(repr(made))
     return 0
+
+
+def _stopped(path: str) -> int:
+    """Say how a training that was interrupted goes on."""
+    _say(f"stopped at state {glance(Place(path)).steps:,}; replay fork {path} goes on", stderr=True)
+    return 130
 
 
 @app.command
@@ -419,6 +430,8 @@ def tree(
         words += f"{',' if parent is None else ';'} {steps:,} of {header.steps:,} steps"
         if parent is not None and parents[folder] is None:
             words += f"; its parent is not here, but at {parent.path}"
+        if (folder / FOLDER / HEADER).exists():
+            words += "; independent of its parent"
         twig = branch.add(Text.assemble((_plain(name), "bold"), _plain(f"  {words}")))
         for other, above in parents.items():
             if above == folder:

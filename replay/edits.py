@@ -92,7 +92,8 @@ class Edit:
             raise OrderError(
                 f"the order has {len(made)} steps, the fork begins at step {at}",
                 why="no step would be left to take",
-                fix="fork earlier, or drop fewer samples",
+                fix=f"at= a number below {len(made)}"
+                + (", or drop fewer samples" if len(made) < len(order) else ""),
             )
         proven = made is order or _begins_like(made, order, at)
         # Whole epochs are made once, and memory stays bounded.

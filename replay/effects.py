@@ -110,7 +110,7 @@ class Counterfactuals:
             }
         )
 
-    def lds(self, scores: ArrayLike) -> DatamodelingScore:
+    def lds(self, scores: "ArrayLike | Result") -> DatamodelingScore:
         """Compare scores of samples with what leaving samples out has really done.
 
         The linear datamodeling score (Park et al., 2023): an edit is predicted to do the sum of the
@@ -120,12 +120,15 @@ class Counterfactuals:
 
         Args:
             scores: `[samples]`, or `[samples, n]` for a metric of n components: by how much the
-                metric is predicted to rise when the sample is left out.
+                metric is predicted to rise when the sample is left out. What `Run.tracin` returns
+                may be of those samples alone that the edits leave out.
 
         Raises:
-            QueryError: they have another shape, an edit changes the order, or there are fewer than
-                two edits.
+            QueryError: they have another shape, or are not of a sample that is left out; an edit
+                changes the order, or there are fewer than two edits.
         """
+        if isinstance(scores, Result):
+            scores = self._of_all(scores)
         effects = np.asarray(self.effect.values)
         shape, effects = effects.shape[1:], effects.reshape(len(effects), -1)
         scores, changes = np.asarray(scores, np.float64), self.changes
@@ -161,17 +164,51 @@ class Counterfactuals:
         left_out = int(lost.any(axis=1).sum())
         return DatamodelingScore(np.asarray(each).reshape(shape), mean, left_out)
 
+    def _of_all(self, scores: Result) -> np.ndarray:
+        """Return scores of all samples from those of some, which their coordinate names."""
+        if "sample" not in scores.coords or "value" not in scores:
+            raise QueryError(
+                f"the scores have dimensions {', '.join(map(str, scores.sizes))}",
+                why="they are of samples, named by a coordinate of that name",
+                fix="scores=run.tracin(test, learning_rate=...), or an array [samples]",
+            )
+        samples = scores["sample"].values
+        missing = np.setdiff1d(self.changes.sample, samples)
+        if len(missing):
+            raise QueryError(
+                f"the scores say nothing of sample {missing[0]}",
+                why=f"it is left out by an edit; they are of {len(samples)} samples",
+                fix="run.tracin(..., samples=...) with all samples that are left out",
+            )
+        values = scores["value"].transpose("sample", ...).values
+        found = np.zeros((self.changes.samples, *values.shape[1:]))
+        found[samples] = values
+        return found
+
     def df(self) -> pd.DataFrame:
         """Return a long table: a row for each edit and component of the metric."""
         columns = ["name", "value", "effect", "effect_in_noise"]
         return self.dataset[columns].to_dataframe().reset_index()
 
-    @property
-    def plot(self) -> Any:
-        """Draw the effects beside the noise: `found.plot()` returns a matplotlib figure."""
+    def plot(self, path: Any = None, **options: Any) -> Any:
+        """Draw the effects beside the noise, and name the largest.
+
+        Args:
+            path: a file to write, in the format that its ending names.
+            **options: as for `replay.report.draw_counterfactuals`.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ReplayError: matplotlib is not installed.
+        """
         # By name: this layer knows nothing of pictures, and matplotlib is an extra.
         report = importlib.import_module("replay.report")
-        return lambda **options: report.draw_counterfactuals(self, **options)
+        figure = report.draw_counterfactuals(self, **options)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
 
     def __repr__(self) -> str:
         attrs, effects = self.dataset.attrs, self.means()[0]

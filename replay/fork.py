@@ -373,7 +373,7 @@ def _step(name: str, value: Any) -> int:
         raise OrderError(
             f"{name}={value!r} is not the number of a state",
             why="states are counted from 0",
-            fix=f"{name}=280",
+            fix=f"{name}=0, or another whole number",
         ) from error
 
 
@@ -381,7 +381,7 @@ def _order(log: Log, at: int) -> Order:
     order = log.order
     if order is None:
         raise _fed(log)
-    if at < log.first:
+    if 0 <= at < log.first:
         raise OrderError(
             f"a fork at step {at} of {log.place}, which is itself a fork at step {log.first}",
             why="what comes before was trained by its parent, perhaps with another optimizer",
@@ -391,7 +391,7 @@ def _order(log: Log, at: int) -> Order:
         raise OrderError(
             f"a fork at step {at} of {log.place}, which has steps 0 to {log.durable.steps - 1}",
             why="it begins with a state that the run has reached",
-            fix=f"at= a number from 0 to {log.durable.steps}",
+            fix=f"at= a number from {log.first} to {min(log.durable.steps, len(order) - 1)}",
         )
     return order
 
@@ -473,7 +473,9 @@ def _results(header: Header, name: str) -> list[jax.ShapeDtypeStruct] | None:
 
 def _spacing(log: Log) -> int | None:
     """Return how many steps apart states are mostly stored, here or by the parent."""
-    stored = sorted(log.durable.checkpoints)
+    stored = sorted(log.own.checkpoints)  # of what was broken off, as it was begun
+    if len(stored) < 3:
+        stored = sorted(log.durable.checkpoints)
     if len(stored) < 3 and log.parent is not None:
         stored = sorted(log.parent.durable.checkpoints)
     apart, counts = np.unique(np.diff(stored), return_counts=True)

@@ -314,7 +314,8 @@ def create(
         raise LogError(
             f"{place} already holds {'a run' if HEADER in present else strangers[0]}",
             why="a recording never overwrites what is there",
-            fix="choose another directory, delete this one, or pass resume=True to continue it"
+            fix="choose another directory, delete this one, or go on with what is there: "
+            f"replay.open({str(place)!r}).resume(), or a Recorder with resume=True"
             if HEADER in present
             else "choose another directory",
         )
@@ -738,8 +739,8 @@ def _parent(place: Place, parent: Parent, given: Place | None, descendants: int)
             f"at {where} lies a copy of its parent that ends at step {log.durable.steps:,}"
         )
     raise LogError(
-        f"{place} is a fork at step {parent.step:,} "
-        + ("; ".join(found) or f"of a run that is not at {looked[-1]}"),
+        f"{place} is a fork at step {parent.step:,}"
+        + ("".join(f"; {each}" for each in found) or f" of a run that is not at {looked[-1]}"),
         why="a fork shares everything before its first step with its parent"
         + (", which was moved or deleted" if not found else ""),
         fix="move it back, or say where it lies now: replay.open(..., parent=PATH); "

@@ -544,7 +544,8 @@ def _bars(
         )
     low, high = min(0.0, lengths.min(initial=0)), max(0.0, lengths.max(initial=0))
     span = (high - low) or 1.0
-    ax.set_xlim(low - 0.14 * span * (low < 0), high + 0.14 * span)
+    # Room for the numbers, in parts of the axis: they are as wide whatever the bars are.
+    ax.set_xlim(low - 0.3 * span * (low < 0), high + 0.24 * span)
     if low < 0:
         ax.axvline(0, color=_GREY, linewidth=0.8)
     ax.locator_params(axis="x", nbins=5)

@@ -704,6 +704,27 @@ def test_fork_trains_what_was_only_created_and_makes_it_independent(run, capsys)
     assert "parent" not in ask(capsys, "ls", "runs")[1]
 
 
+def test_an_interrupted_fork_says_how_it_goes_on(run, capsys, monkeypatch):
+    from replay import recording
+
+    execute = recording.Recording.execute
+
+    def interrupted(self, stretch):
+        execute(self, stretch)
+        if self.step > 100:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(recording.Recording, "execute", interrupted)
+    for words in ((run, "runs/fork", "--at", 60), ("runs/fork",)):
+        code, _, errors = ask(capsys, "fork", *words)
+        steps = replay.open("runs/fork").steps
+        assert code == 130 and 100 < steps <= 132
+        assert errors == f"stopped at state {steps}; replay fork runs/fork goes on\n"
+    monkeypatch.undo()
+    assert ask(capsys, "fork", "runs/fork")[0] == 0
+    assert replay.open("runs/fork").steps == 132
+
+
 def test_tree_draws_families_and_names_who_is_missing(run, capsys):
     ask(capsys, "fork", run, "runs/a", "--at", 60, "--swap", 60, 61)
     ask(capsys, "fork", "runs/a", "runs/b", "--at", 80, "--drop", 3)

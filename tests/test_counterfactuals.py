@@ -273,6 +273,19 @@ def test_a_fork_has_counterfactuals_from_where_it_begins(run, tmp_path):
         fork.counterfactuals([leave_out([1])], at=7)
 
 
+def test_scores_of_the_samples_that_are_left_out_are_enough(run, tmp_path):
+    found = run.counterfactuals(leave_one_out([1, 4, 6]), metric=flat)
+    scores = run.tracin(tiny.DATA, learning_rate=0.1, samples=[6, 1, 4])
+    whole = np.zeros((16, 16))
+    whole[[6, 1, 4]] = scores["value"].values
+    alone = found.lds(scores.isel(test=0, drop=True))
+    assert (alone.correlation == found.lds(whole[:, 0]).correlation).all()
+    with pytest.raises(QueryError, match="say nothing of sample 4"):
+        found.lds(run.tracin(tiny.DATA, learning_rate=0.1, samples=[6, 1]))
+    found.plot(tmp_path / "found.png")
+    assert (tmp_path / "found.png").read_bytes()[1:4] == b"PNG"
+
+
 # --------------------------------------------------------------------------------------- noise
 
 

@@ -54,7 +54,7 @@ PRODUCT = tuple(
 OF = {case.model: case for case in DEFAULT}
 CASES = {str(case): case for case in (*DEFAULT, *PRODUCT)}
 # Large enough for XLA to share one contraction or sum out among threads, which regroups it.
-THREADED = (OF["transformer"], OF["convolution"])
+THREADED = (OF["convolution"], OF["transformer"])
 KILLED = (OF["dense"], OF["memory"])
 
 

@@ -14,7 +14,7 @@ Expected: effects are four to five orders of magnitude above the noise of roundi
           TracIn orders them by 0.57 for softmax regression over three epochs, by less than 0.2 for
           an MLP over ten. The truth of another seed does better by SGD (0.72, 0.47), but by Adam it
           is no better than anything else (0.21). Sums of effects predict subsets by 0.8 and more.
-Run time: 5 minutes on two idle cores (a guess; 9 beside other work), --quick 20 seconds.
+Run time: 3 minutes on two cores, --quick 20 seconds.
 
 Models are trained with batches of 32: softmax regression by SGD for three epochs, which is nearly
 convex and short, and an MLP with 32 hidden units by SGD and by Adam for ten. Each is trained with

@@ -53,7 +53,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 # The files that take longest; processes side by side then end at about the same time.
 LONG = (
-    "contract query cache sql kill recorder cli counterfactuals fork reduce indexes grads influence"
+    "contract query cache readme sql kill recorder cli counterfactuals fork reduce indexes grads "
+    "influence"
 ).split()
 
 

@@ -103,6 +103,11 @@ def test_questions_go_across_the_step_of_the_fork(parent, tmp_path):
     gap = fork.reduce(replay.reductions.Norm(), steps=slice(11, 16)).gap
     assert gap < 1e-5  # with the keys of the other half the gradients would be other ones
     assert len(fork.sql("SELECT step, avg(value) FROM sample_losses GROUP BY step").rows) == STEPS
+    noisy = [
+        run.on(DATA).sample_losses.sel(state=slice(11, 15)).compute() for run in (fork, parent)
+    ]
+    ours, theirs = (found["value"].values for found in noisy)  # state 13 has other noise alone
+    assert (ours[:2] == theirs[:2]).all() and (ours[2:] != theirs[2:]).all()
 
 
 def test_a_fork_of_a_fork_shares_what_both_share(parent, tmp_path):
@@ -113,6 +118,9 @@ def test_a_fork_of_a_fork_shares_what_both_share(parent, tmp_path):
     assert states(third)[:14] == states(first)[:14]
     assert states(third)[:19] == states(second)[:19]
     assert states(third, 19) != states(second, 19)
+    carried = [run.carried_updates.sel(step=slice(15, 21)).compute() for run in (third, second)]
+    ours, theirs = (found["out"].values for found in carried)  # by the update of each step's owner
+    assert (ours[:3] == theirs[:3]).all() and (ours[3:] != theirs[3:]).all()
     for run in (first, second, third):
         assert replay.open(run.path).verify().grade is replay.Grade.BITWISE
     assert third.parent.path == second.path and third.parent.parent.parent.path == parent.path

@@ -16,7 +16,7 @@ from replay.query import states
 from replay.query.nodes import Among, At, Group, Lag, Node, Part, Pick, Reduce, Scan
 from replay.reducing import reduce_now
 from replay.sample_gradients import weighted
-from replay.values import Value, fused, of_part, ragged, without_walk
+from replay.values import Formula, Given, Value, fused, of_part, ragged, without_walk
 
 
 class Local:
@@ -66,9 +66,9 @@ class Local:
         if isinstance(node, Reduce):
             special = self._column(node) or self._shares(node)
             return special or reduce_now(node, self, jnp)
-        starts, _ = fused(node)
+        starts, formula = fused(node)
         arrays = [self.value(start) for start in starts]
-        run = _jitted(node)
+        run = _jitted(formula)
         count = max((len(x.data) for x in arrays if ragged(x)), default=1)
         return Value(dims, [run(of_part(arrays, i)) for i in range(count)])
 
@@ -157,9 +157,9 @@ def among(node: Among, value: Value, ids: np.ndarray) -> Value:
     return Value(value.dims, [only(x) for x in value.data])
 
 
-@functools.cache
-def _jitted(node: Node) -> Callable[[Sequence[Any]], Any]:
-    return jax.jit(fused(node)[1])
+@functools.lru_cache(maxsize=256)
+def _jitted(formula: Formula | Given) -> Callable[[Sequence[Any]], Any]:
+    return jax.jit(formula.__call__)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -15,7 +15,7 @@ from replay.frames import CONDITION_LIMIT
 from replay.query import states
 from replay.query.nodes import RAGGED, Map, Node, Reduce, ordered
 from replay.query.states import Values
-from replay.values import Value, fused, of_part, without_walk
+from replay.values import Formula, Given, Value, fused, of_part, without_walk
 
 
 class Shape(NamedTuple):
@@ -74,7 +74,7 @@ class Shape(NamedTuple):
         return total
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def layouts(node: Reduce) -> tuple[list[Shape], tuple[str, ...]]:
     """Return the layout of each part of what a reduction reduces, and the dimensions of results."""
     child = node.child
@@ -115,20 +115,49 @@ def layouts(node: Reduce) -> tuple[list[Shape], tuple[str, ...]]:
 EARLY = ("first", "any")
 
 
-@functools.cache
+class Kind(NamedTuple):
+    """What of a reduction decides its executables: not whose values it reduces, at which steps.
+
+    Attributes:
+        how: its name.
+        settings: of its own, as pairs.
+        by: the kind of its groups, or nothing.
+        groups: how many groups of samples there are.
+        ragged: whether it reduces weights or units.
+    """
+
+    how: str
+    settings: tuple[tuple[str, Any], ...]
+    by: str
+    groups: int
+    ragged: bool
+
+    def of(self, dtype: Any) -> states.State:
+        """Return the reduction of values of a dtype."""
+        return states.reduction(self.how, dict(self.settings), dtype)
+
+
+def kind_of(node: Reduce) -> Kind:
+    """Return the kind of a reduction."""
+    by, groups = (node.by.kind, node.by.count) if node.by else ("", 0)
+    return Kind(node.how, node.settings, by, groups, bool(set(RAGGED) & set(node.over)))
+
+
 def stepper(node: Reduce, shape: Shape) -> tuple[Callable, Callable, Callable]:
     """Return how a state begins and grows.
 
     `init(arrays) -> state`, `step(state, arrays, step, valid, groups) -> state`, and the same for a
     few steps one after the other, `many(state, [arrays, ...], steps) -> state`.
     """
-    starts, run = fused(ranked(node))
+    return _stepper(kind_of(node), fused(ranked(node))[1], shape)
 
-    def how(x):
-        return states.reduction(node.how, node.options, x.dtype)
 
+@functools.lru_cache(maxsize=512)
+def _stepper(
+    kind: Kind, formula: Formula | Given, shape: Shape
+) -> tuple[Callable, Callable, Callable]:
     def arranged(arrays):
-        x = run(arrays)
+        x = formula(arrays)
         x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, (1,) * len(shape.dims)))
         return shape.arrange(jnp.asarray(x))
 
@@ -143,18 +172,16 @@ def stepper(node: Reduce, shape: Shape) -> tuple[Callable, Callable, Callable]:
 
     def init(arrays):
         x, _ = arranged(arrays)
-        reduction = how(x)
+        reduction = kind.of(x.dtype)
         kept = x.shape[1:-1] if shape.rows else x.shape[:-1]
         state = reduction.init(kept, x.dtype)
         if not shape.rows:
             return state
-        assert node.by is not None
-        count = node.by.count
-        return jax.tree.map(lambda s: jnp.repeat(s[None], count, 0), state)
+        return jax.tree.map(lambda s: jnp.repeat(s[None], kind.groups, 0), state)
 
     def step(state, arrays, step, valid, groups):
         x, numbers = arranged(arrays)
-        reduction = how(x)
+        reduction = kind.of(x.dtype)
         if not shape.rows:
             flat = numbers.reshape(-1, x.shape[-1])[0]
             if shape.units:
@@ -181,19 +208,19 @@ def stepper(node: Reduce, shape: Shape) -> tuple[Callable, Callable, Callable]:
     return jax.jit(init), jax.jit(step, donate_argnums=0), jax.jit(many, donate_argnums=0)
 
 
-@functools.cache
-def _once(node: Reduce, shape: Shape) -> Callable[..., Any]:
+@functools.lru_cache(maxsize=512)
+def _once(kind: Kind, formula: Formula | Given, shape: Shape) -> Callable[..., Any]:
     """Return `state(arrays, step, valid, groups)` of a reduction that begins and ends with it."""
-    init, step, _ = stepper(node, shape)
+    init, step, _ = _stepper(kind, formula, shape)
     return jax.jit(lambda arrays, *more: step(init(arrays), arrays, *more))
 
 
-@functools.cache
-def _reader(node: Reduce, result_dims: tuple[str, ...], dtype: Any) -> Callable[..., Any]:
+@functools.lru_cache(maxsize=512)
+def _reader(kind: Kind, result_dims: tuple[str, ...], dtype: Any) -> Callable[..., Any]:
     """Return what turns the states of all parts into arrays, on the device."""
 
     def read(per_part):
-        found = finished(node, result_dims, per_part, dtype, jnp)
+        found = _finished(kind, result_dims, per_part, dtype, jnp)
         return found.data, found.fields
 
     return jax.jit(read)
@@ -209,18 +236,25 @@ def ranked(node: Reduce) -> Node:
     return Map("where", (Map("less_equal", (limit, CONDITION_LIMIT)), node.child, worst))
 
 
-@functools.cache
 def blank_state(node: Reduce, dtype: str) -> Any:
     """Return shapes and dtypes of the state of a reduction that keeps no dimension."""
-    reduction = states.reduction(node.how, node.options, jnp.dtype(dtype))
-    return jax.eval_shape(lambda: reduction.init((), jnp.dtype(dtype)))
+    return _blank(kind_of(node), dtype)
 
 
 @functools.cache
+def _blank(kind: Kind, dtype: str) -> Any:
+    return jax.eval_shape(lambda: kind.of(jnp.dtype(dtype)).init((), jnp.dtype(dtype)))
+
+
 def merger(node: Reduce, dtype: str) -> Callable[[list[Any], list[Any]], list[Any]]:
     """Return what joins the leaves of the state of earlier steps with those of later ones."""
-    tree = jax.tree.structure(blank_state(node, dtype))
-    merge = states.reduction(node.how, node.options, jnp.dtype(dtype)).merge
+    return _merger(kind_of(node), dtype)
+
+
+@functools.lru_cache(maxsize=512)
+def _merger(kind: Kind, dtype: str) -> Callable[[list[Any], list[Any]], list[Any]]:
+    tree = jax.tree.structure(_blank(kind, dtype))
+    merge = kind.of(jnp.dtype(dtype)).merge
 
     def join(first, second):
         both = [jax.tree.unflatten(tree, leaves) for leaves in (first, second)]
@@ -229,12 +263,14 @@ def merger(node: Reduce, dtype: str) -> Callable[[list[Any], list[Any]], list[An
     return jax.jit(join)
 
 
-@functools.cache
 def dtype_of(node: Reduce, shapes: tuple) -> Any:
     """Return the dtype of what is reduced, for starting values of these shapes and dtypes."""
-    _, run = fused(ranked(node))
-    found = jax.eval_shape(run, [jax.ShapeDtypeStruct(s, d) for s, d in shapes])
-    return found.dtype
+    return _dtype_of(fused(ranked(node))[1], shapes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _dtype_of(formula: Formula | Given, shapes: tuple) -> Any:
+    return jax.eval_shape(formula, [jax.ShapeDtypeStruct(s, d) for s, d in shapes]).dtype
 
 
 def _groups(node: Reduce, local: Any) -> Any:
@@ -264,20 +300,22 @@ def inputs(
 
 def finished(node: Reduce, result_dims, per_part: list[Any], dtype: Any, xp: Any) -> Value:
     """Read the states of all parts, joining them where weights were reduced."""
-    reduction = states.reduction(node.how, node.options, dtype)
-    kind = node.by.kind if node.by else ""
-    parted = kind in ("tensor", "unit")
-    if set(RAGGED) & set(node.over) and not parted and len(per_part) > 1:
-        merge = merger(node, str(dtype))
+    return _finished(kind_of(node), result_dims, per_part, dtype, xp)
+
+
+def _finished(kind: Kind, result_dims, per_part: list[Any], dtype: Any, xp: Any) -> Value:
+    if kind.ragged and kind.by not in ("tensor", "unit") and len(per_part) > 1:
+        merge = _merger(kind, str(dtype))
         leaves = functools.reduce(merge, map(jax.tree.leaves, per_part))
         per_part = [jax.tree.unflatten(jax.tree.structure(per_part[0]), leaves)]
+    reduction = kind.of(dtype)
     read = [reduction.final(state, xp) for state in per_part]
     wanted = ordered(result_dims)
     order = [result_dims.index(dim) for dim in wanted]
     fields: dict[str, list[Any]] = {
         name: [xp.asarray(one[name]).transpose(order) for one in read] for name in read[0]
     }
-    if kind == "tensor":
+    if kind.by == "tensor":
         fields = {name: [xp.stack(parts)] for name, parts in fields.items()}
         wanted = ("tensor", *wanted)
         places = ordered(wanted)
@@ -294,13 +332,14 @@ def reduce_now(node: Reduce, local: Any, xp: Any) -> Value:
     dtype = dtype_of(node, tuple((tuple(x.shape), str(x.dtype)) for x in of_part(values, 0)))
     if node.how == "quantile" and groups is None and (not node.by or node.by.kind == "tensor"):
         return _exact_quantiles(node, shapes, values, valid, xp)
+    kind, formula = kind_of(node), fused(ranked(node))[1]
     per_part = [
-        _once(node, shape)(of_part(values, i), np.int32(local.step), valid, groups)
+        _once(kind, formula, shape)(of_part(values, i), np.int32(local.step), valid, groups)
         for i, shape in enumerate(shapes)
     ]
     if xp is np or node.how == "quantile":
         return finished(node, result_dims, per_part, dtype, xp)
-    data, fields = _reader(node, result_dims, dtype)(per_part)
+    data, fields = _reader(kind, result_dims, dtype)(per_part)
     tensor = {"tensor"} if node.by and node.by.kind == "tensor" else set()
     return Value(ordered({*result_dims, *tensor}), data, fields)
 

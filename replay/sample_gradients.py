@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from replay import artifact
+from replay.artifact import Signature
 from replay.data import check_precision
 from replay.errors import Grade, LogError, ProgramError
 from replay.grads import archive
@@ -209,21 +210,12 @@ class SampleGradients:
 
     def _scan(self, numbers: list[int]) -> tuple[Group, Callable[..., list[Any]]]:
         data = self._log.program("sample_gradient")
-        exported = artifact.load("sample_gradient", data, self._signature, allow=self._allow)
+        produce = _one_by_one(data, self._signature, self._allow, tuple(numbers))
         grads = [self._signature.grads[number] for number in numbers]
-        forms = [Form(tuple(leaf.shape), leaf.dtype, "whole") for leaf in grads]
         tensors = {
-            number: Tensor(self.names[number], form, (), "strategy scan")
-            for number, form in zip(numbers, forms, strict=True)
+            number: Tensor(self.names[number], _whole(leaf), (), "strategy scan")
+            for number, leaf in zip(numbers, grads, strict=True)
         }
-
-        @jax.jit
-        def produce(positions, *inputs):
-            def one(position):
-                found = exported.call(*inputs, position)
-                return [found[i].astype(form.wide) for i, form in zip(numbers, forms, strict=True)]
-
-            return lax.map(one, positions)
 
         each = sum(leaf.nbytes for leaf in grads)
         if each > self._memory:
@@ -235,6 +227,28 @@ class SampleGradients:
             )
         at_once = max(1, min(8, self._memory // max(each, 1)))
         return Group("scan", tensors, each, at_once, produce), produce
+
+
+@functools.lru_cache(maxsize=64)
+def _one_by_one(
+    data: bytes, signature: Signature, allow: tuple[str, ...], numbers: tuple[int, ...]
+) -> Callable[..., list[Any]]:
+    """Return the gradients of some tensors for several samples, jitted: `(positions, *inputs)`."""
+    exported = artifact.load("sample_gradient", data, signature, allow=allow)
+    wide = [_whole(signature.grads[number]).wide for number in numbers]
+
+    def produce(positions, *inputs):
+        def one(position):
+            found = exported.call(*inputs, position)
+            return [found[i].astype(dtype) for i, dtype in zip(numbers, wide, strict=True)]
+
+        return lax.map(one, positions)
+
+    return jax.jit(produce)
+
+
+def _whole(leaf: Any) -> Form:
+    return Form(tuple(leaf.shape), leaf.dtype, "whole")
 
 
 @jax.jit

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -39,34 +39,66 @@ def without_walk(dims: Sequence[str]) -> tuple[str, ...]:
     return tuple(dim for dim in dims if dim not in ("step", "state"))
 
 
-@functools.cache
-def fused(node: Node) -> tuple[tuple[Node, ...], Callable[[Sequence[Any]], Any]]:
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A starting value of a formula.
+
+    Attributes:
+        number: among the starting values.
+        dims: without the one that is walked.
+        ragged: whether it runs over the weights of a tensor.
+    """
+
+    number: int
+    dims: tuple[str, ...]
+    ragged: bool
+
+    def __call__(self, arrays: Sequence[Any]) -> Any:
+        """Return it."""
+        x = arrays[self.number]
+        return flat(x, self.dims) if self.ragged else x
+
+
+@dataclasses.dataclass(frozen=True)
+class Formula:
+    """Functions of elements, and not of whose: equal formulas share their executables.
+
+    Attributes:
+        function: its name in `jax.numpy`.
+        arguments: formulas, starting values and numbers.
+        dims: without the one that is walked.
+        constants: the numbers as they are written, since 1 == 1.0 == True.
+    """
+
+    function: str
+    arguments: tuple[Any, ...]
+    dims: tuple[str, ...]
+    constants: str
+
+    def __call__(self, arrays: Sequence[Any]) -> Any:
+        """Return the value for starting values, the arrays of one tensor."""
+        return getattr(jnp, self.function)(*[
+            aligned(x(arrays), x.dims, self.dims) if isinstance(x, Formula | Given) else x
+            for x in self.arguments
+        ])  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def fused(node: Node) -> tuple[tuple[Node, ...], Formula | Given]:
     """Return what a tree of functions of elements starts from, and one function of all of it."""
     starts: dict[Node, int] = {}
 
-    def build(this: Node) -> Callable[[Sequence[Any]], Any]:
+    def build(this: Node) -> Formula | Given:
         dims = without_walk(this.dims)
         if isinstance(this, Scan) and this.quantity == "updates":
             this = moved(this)
         if not isinstance(this, Map) or not this.walked:
-            number, ragged = starts.setdefault(this, len(starts)), bool(this.parts)
-            return lambda arrays: flat(arrays[number], dims) if ragged else arrays[number]
-        parts = [
-            (build(x), without_walk(x.dims)) if isinstance(x, Node) else (x, None)
-            for x in this.arguments
-        ]
-        function = getattr(jnp, this.function)
+            return Given(starts.setdefault(this, len(starts)), dims, bool(this.parts))
+        arguments = [build(x) if isinstance(x, Node) else x for x in this.arguments]
+        return Formula(this.function, tuple(arguments), dims, this.constants)
 
-        def run(arrays):
-            given = [
-                part if mine is None else aligned(part(arrays), mine, dims) for part, mine in parts
-            ]
-            return function(*given)
-
-        return run
-
-    run = build(node)
-    return tuple(starts), run
+    formula = build(node)
+    return tuple(starts), formula
 
 
 def moved(scan: Scan) -> Node:

@@ -157,11 +157,7 @@ def _step(reduction: Any, group: Group, number: int) -> Callable[..., Any]:
     if form.way != "factors":
         step = _shared_step(reduction, form)
         return lambda state, payload, leaves, occurrences: step(state, payload, occurrences)
-
-    def one(state, payload, leaves, occurrences):
-        return reduction.step(state, group.gradients(number, payload, leaves), occurrences)
-
-    return jax.jit(one, donate_argnums=0)
+    return _own_step(reduction, group.gradients, number)
 
 
 def _look(reduction: Column, group: Group, number: int) -> Callable[..., Any]:
@@ -184,6 +180,14 @@ def _shared_step(reduction: Any, form: Form) -> Callable[..., Any]:
 @functools.cache
 def _shared_look(reduction: Column, form: Form, number: int) -> Callable[..., Any]:
     return jax.jit(lambda payload: reduction.column(gradients_of(form, payload), number))
+
+
+@functools.lru_cache(maxsize=256)
+def _own_step(reduction: Any, gradients: Callable, number: int) -> Callable[..., Any]:
+    def step(state, payload, leaves, occurrences):
+        return reduction.step(state, gradients(number, payload, leaves), occurrences)
+
+    return jax.jit(step, donate_argnums=0)
 
 
 @functools.lru_cache(maxsize=256)

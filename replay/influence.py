@@ -75,7 +75,8 @@ class Scores:
         starts = range(0, len(others), size)
         ids = [np.arange(a, min(a + size, len(others)), dtype=np.int32) for a in starts]
         batches = [elsewhere(others, mine, size, 0, ()) for mine in ids]
-        leaves = zip(*((x.ids, x.weights, *x.batch) for x in batches), strict=True)
+        # One more than there are, never looked at: see `_multiplier`.
+        leaves = zip(*((x.ids, x.weights, *x.batch) for x in (*batches, batches[-1])), strict=True)
         self._others = [jnp.asarray(np.stack(leaf)) for leaf in leaves]  # [batches, batch, ...]
         self._waiting: list[tuple] = []
         self.values = np.zeros((len(samples), len(others)))
@@ -117,9 +118,10 @@ class Scores:
         """Return what yields where to add products, the products, and the positions they are of."""
         own, total = self.own is not None, self.values.shape[1]
         multiply = _multiplier(group.produce, _forms(group), total, own)
+        batches = np.int32(len(self._others[0]) - 1)
 
         def parts(shared, mine, asked):
-            products, squares = multiply(shared, mine, self._others)
+            products, squares = multiply(shared, mine, self._others, batches)
             yield self.values, products, slice(None)
             if own:
                 yield self.own, squares, slice(None)
@@ -167,19 +169,25 @@ def _forms(group: Group) -> tuple[Form, ...]:
 def _multiplier(
     produce: Callable[..., Any], forms: tuple[Form, ...], others: int, own: bool
 ) -> Callable[..., tuple[Any, Any]]:
-    """Return what takes the inputs of a step, and others by batches, to all their products.
+    """Return what takes the inputs of a step, others by batches and how many, to all products.
 
     One executable, because as several it took 1.4 times as long: the factors of a batch then go
-    through memory, and a cotangent that a kernel and a bias share is multiplied twice.
+    through memory, and a cotangent that a kernel and a bias share is multiplied twice. How many
+    batches there are is an argument, and one more is passed: of a loop that XLA knows to pass once
+    it makes none, and what it fuses instead rounds otherwise on some processors.
     """
 
-    def multiply(shared, mine, batches):
+    def multiply(shared, mine, batches, count):
         ours = produce(*shared, *mine)
 
-        def products(other):
+        def products(number):
+            other = [leaf[number] for leaf in batches]
             return _products(forms, ours, produce(*shared, *other))
 
-        found = jnp.moveaxis(lax.map(products, batches), 1, 0)  # [batch, batches, batch]
+        form = jax.eval_shape(products, 0)
+        blank = jnp.zeros((len(batches[0]), *form.shape), form.dtype)
+        found = lax.fori_loop(0, count, lambda i, x: x.at[i].set(products(i)), blank)
+        found = jnp.moveaxis(found, 1, 0)  # [batch, batches, batch]
         found = found.reshape(len(found), -1)[:, :others]
         return found, _squares(forms, ours) if own else None
 

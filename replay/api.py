@@ -43,11 +43,12 @@ from replay.progress import progress_bar
 from replay.quantities import OtherSamples, Quantities
 from replay.query.expressions import Expression, Joined
 from replay.query.nodes import Node
-from replay.recorder import Recorder, check_program, state_tree
+from replay.recorder import Recorder
 from replay.replaying import Audit, Replayer
 from replay.results import Result
 from replay.sample_gradients import Reduced, SampleGradients, reduce
 from replay.store import Place
+from replay.tracing import check_program, state_tree
 from replay.tree import Leaf, lift, nest
 
 

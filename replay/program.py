@@ -6,6 +6,7 @@ between them: what is returned as the gradients is what was used, whoever looks 
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -102,6 +103,7 @@ class Program:
     sample_loss: Callable[[Any, Any, Any], Any] | None
     name: str
     batched: bool
+    pretrained: bool
 
     def __init__(
         self,
@@ -168,6 +170,7 @@ class Program:
             None if batched else sample_loss,
             name or _name(loss),
             batched,
+            not callable(init),
         )
         _check_optimizer(optimizer, _shapes(init_state).params)
 
@@ -200,7 +203,15 @@ class Program:
         """
         program = cls.__new__(cls)
         program._set(
-            init, gradient, update, losses, sample_gradient, None, name or _name(gradient), True
+            init,
+            gradient,
+            update,
+            losses,
+            sample_gradient,
+            None,
+            name or _name(gradient),
+            True,
+            False,
         )
         state = _shapes(init)
         if not (hasattr(state, "_fields") and "params" in state._fields):
@@ -334,6 +345,11 @@ class Program:
     def _set(self, *values):
         for field, value in zip(dataclasses.fields(self), values, strict=True):
             object.__setattr__(self, field.name, value)
+
+    @functools.cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What was traced and compiled of it; it goes when the program goes."""
+        return {}
 
     def __repr__(self) -> str:
         return f"Program(name={self.name!r}, batched={self.batched})"

@@ -14,20 +14,19 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from replay import artifact
-from replay.activations import Tagged, tagged
-from replay.artifact import KEY_IMPLEMENTATION, Signature
+from replay.artifact import KEY_IMPLEMENTATION
 from replay.checkpoints import Checkpoints, Schedule
 from replay.data import Data, checksum
 from replay.errors import DataError, IdentityError, LogError, OrderError, ProgramError
-from replay.grads.archive import Tapped, tapped
 from replay.identity import environment
 from replay.indexing import LEVELS, Observer, default_level
 from replay.log import HEADER, Header, Log, clear_torn, create, discard_unborn, layouts
 from replay.order import Order
-from replay.program import Inputs, Program, init_key
+from replay.program import Program, init_key
 from replay.recording import Recording
 from replay.selftest import SelfTest
 from replay.store import Place
+from replay.tracing import check_program, start, state_tree, trace
 from replay.trajectory import (
     LocalEngine,
     Stretch,
@@ -399,21 +398,16 @@ class Recorder:
     def _create(self, data: Data, batch_size: int):
         fed, order = self._order is None, self._order
         key = jax.random.wrap_key_data(jnp.asarray(self._key, jnp.uint32), impl=KEY_IMPLEMENTATION)
-        state = jax.jit(self._program.init)(init_key(key))
+        state = start(self._program, init_key(key))
         example = data.fetch(np.zeros(1, np.int32))
         each = batch_size * sum(leaf.nbytes for leaf in data.spec)
         block = steps_at_once(each) if self._by_block else 0
 
-        more = _observers(self._program, state, example, batch_size)
-
-        def trace():
-            return artifact.trace(
-                self._program, state, example, batch_size=batch_size, block=block, more=more
-            )
-
-        self._signature, exported = trace()
+        forms = {"batch_size": batch_size, "block": block, "observed": True}
+        traced = trace(self._program, state, example, **forms)
+        self._signature, files = traced.signature, traced.files
         self._tree, leaves = jax.tree.structure(state), lower(state)
-        files, programs = artifact.archived(exported)
+        programs = {name: dict(entry) for name, entry in traced.table.items()}
         texts = {name: entry["text"] for name, entry in programs.items()}
         for name, optimized in self._compile(files, self._index).items():
             programs[name]["optimized"] = optimized
@@ -424,8 +418,6 @@ class Recorder:
         embed = not fed and (data.nbytes <= EMBED_LIMIT if self._embed is None else self._embed)
         if embed:
             self._data = data = data.in_memory()
-        for name, observer in more.items():
-            programs[name]["table"] = observer.table
         steps = len(order) if order is not None else _MOST_FED_STEPS
         header = Header(
             name=self._program.name,
@@ -465,7 +457,7 @@ class Recorder:
                 files={name: files[name] for name in self._signature.programs},
                 key=self._key,
                 texts=texts,
-                retrace=lambda: {k: artifact.text_hash(v) for k, v in trace()[1].items()},
+                retrace=lambda: trace(self._program, state, example, **forms, anew=True).texts,
             )
 
         return Log(self._place), leaves, test
@@ -542,79 +534,6 @@ class Recorder:
         if self._sample_weights is not None:
             weights = weights * self._sample_weights[np.maximum(ids, 0)]
         return stretch_of(self._signature, start, ids, weights, self._data.leaves(ids))
-
-
-def state_tree(program: Program) -> Any:
-    """Return the tree structure of a program's state."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.tree.structure(jax.eval_shape(program.init, key))
-
-
-def check_program(program: Program, log: Log, data: Data) -> None:
-    """Compare a program with the archived one.
-
-    Raises:
-        IdentityError: they differ; the message names the leaf or the line.
-    """
-    header = log.header
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    signature, exported = artifact.trace(
-        program,
-        jax.eval_shape(program.init, key),
-        data.fetch(np.zeros(1, np.int32)),
-        batch_size=header.signature.batch_size,
-        block=header.signature.block,
-    )
-    what = _first_difference(signature, header.signature)
-    for name in () if what else header.signature.programs:
-        # The text of the file itself: the hash in the header is only what somebody claims.
-        archived = artifact.load(name, log.program(name), header.signature, allow=None)
-        here, there = artifact.text(exported[name]), artifact.text(archived)
-        if here != there:
-            lines = zip(here.splitlines(), there.splitlines(), strict=False)
-            differing = next((pair for pair in lines if pair[0] != pair[1]), ("more", "less"))
-            what = f"{name} has {differing[0].strip()[:160]!r} where the run has "
-            what += repr(differing[1].strip()[:160])
-            break
-    if what:
-        raise IdentityError(
-            f"the program is not the one in {log.place}: {what}",
-            why="another program computes other weights",
-            fix="open the run without program=: it carries its own; or check out the code (and "
-            "the versions of jax, flax and optax) that recorded it",
-        )
-
-
-def _observers(
-    program: Program, state: Any, example: Any, batch_size: int
-) -> dict[str, Tapped | Tagged]:
-    """Return what else observes a step: factors of per-sample gradients, tagged intermediates."""
-
-    def inputs(key, batch):
-        weights = jnp.ones(batch_size, jnp.float32)
-        return Inputs.fold(key, jnp.uint32(0), jnp.zeros(batch_size, jnp.int32), weights, batch)
-
-    rows = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), example
-    )
-    key = jax.eval_shape(lambda: jax.random.key(0, impl=KEY_IMPLEMENTATION))
-    given = jax.eval_shape(inputs, key, rows)
-    found = {
-        name: make(program, state, given)
-        for name, make in (("factors", tapped), ("activations", tagged))
-    }
-    return {name: observer for name, observer in found.items() if observer is not None}
-
-
-def _first_difference(here: Signature, there: Signature) -> str:
-    for part in ("state", "batch", "aux", "grads", "carry", "losses"):
-        mine, theirs = getattr(here, part), getattr(there, part)
-        for a, b in zip(mine, theirs, strict=False):
-            if a != b:
-                return f"{part} has {a}, the run has {b}"
-        if len(mine) != len(theirs):
-            return f"{part} has {len(mine)} leaves, the run has {len(theirs)}"
-    return ""
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

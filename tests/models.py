@@ -295,6 +295,11 @@ MODELS: dict[str, tuple[Callable[[Any], replay.Program], Callable]] = {
 # --------------------------------------------------------------------------------------- cases
 
 
+@functools.cache  # a program is traced once
+def _program(model: str, optimizer: str) -> replay.Program:
+    return MODELS[model][0](OPTIMIZERS[optimizer]())
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A training of 48 steps: a model, an optimizer, a form of dispatch, and a peculiarity.
@@ -343,7 +348,7 @@ class Case:
         return jax.random.key(SEED)
 
     def program(self) -> replay.Program:
-        return MODELS[self.model][0](OPTIMIZERS[self.optimizer]())
+        return _program(self.model, self.optimizer)
 
     def recorder(self, path: pathlib.Path, **options: Any) -> replay.Recorder:
         settings = {"checkpoints": 16, "self_test": False, "dispatch": self.dispatch}

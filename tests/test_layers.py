@@ -19,7 +19,7 @@ LAYERS = (
     ("ancestry", "edits", "grafting"),
     ("indexing",),
     ("log", "grads", "query", "cache"),
-    ("trajectory", "plan", "writer", "progress", "lanes"),
+    ("trajectory", "tracing", "plan", "writer", "progress", "lanes"),
     ("worker", "selftest", "recording", "recorder", "replaying", "sample_gradients", "edited"),
     ("frames", "results", "values", "indexes", "evidence", "joining", "parting"),
     ("narrowing", "influence", "effects", "metrics"),

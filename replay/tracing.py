@@ -45,7 +45,7 @@ def start(program: Program, key: Any) -> Any:
     Weights that were given as arrays are read anew: somebody may have changed them in place.
     """
     if program.pretrained:
-        return jax.jit(program.init)(key)
+        return jax.jit(lambda key: program.init(key))(key)  # JAX knows no function that is new
     if "init" not in program.kept:
         program.kept["init"] = jax.jit(program.init)
     return program.kept["init"](key)

@@ -14,28 +14,29 @@ any of it loses only time.
 
 import concurrent.futures
 import contextlib
-import hashlib
 import hmac
 import json
+import math
 import os
 import pathlib
 import secrets
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  # numpy knows bfloat16 by its name from then on
 import msgpack
 import numpy as np
 
+from replay import pieces
 from replay.errors import DataError
 from replay.identity import sha256
 from replay.store import KeyValues, Place
 
 BUDGET = 2**30
-_TAG = 32
-_VERSION = 1
+_TAG, _CHECKSUM = 32, 4
+_VERSION = 2
 
 
 class Entry(NamedTuple):
@@ -97,6 +98,7 @@ class Cache:
 
     def __init__(self, place: Place, identity: str, limit: int):
         self._identity, self._limit, self._secret = identity, limit, _secret()
+        self._folder = None if place.path is None else place.path / "cache"
         self._cells = KeyValues(place, "cache/cells")
         self._answers = KeyValues(place, "cache/answers")
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "replay-cache")
@@ -119,9 +121,9 @@ class Cache:
         key = sha256(repr((_VERSION, self._identity, family)).encode())[:32]
         return Shelf(self, key, list(parts), about, cuts)
 
-    def write(self, keys: KeyValues, name: str, value: bytes) -> None:
-        """Write something beside the replay; what cannot be written is not kept."""
-        self._submit(len(value), lambda: keys.write(name, value))
+    def write(self, keys: KeyValues, name: str, size: int, value: Callable[[], bytes]) -> None:
+        """Make and write something beside the replay; what cannot be written is not kept."""
+        self._submit(size, lambda: keys.write(name, value()))
 
     def takes(self, size: int) -> bool:
         """Whether something of so many bytes is kept at all."""
@@ -194,11 +196,11 @@ class Cache:
 
     def _own_notes(self, name: str) -> dict[str, Any] | None:
         """Return what is noted of an answer, if this user has noted it."""
-        notes = _notes(self._answers.read([f"{name}/zarr.json"], limit=2**24)[0])
+        notes = _notes(self._answers.read([f"{name}/zarr.json"], limit=2**24)[0], _SIGNED)
         if notes is None:
             return None
         signed = json.dumps({k: v for k, v in notes.items() if k != "mine"}, sort_keys=True)
-        mine = self._tag(name, signed.encode()).hex()
+        mine = self._tag(name, pieces.digests([signed.encode()])[0]).hex()
         return notes if hmac.compare_digest(mine, str(notes["mine"])) else None
 
     def answer(self, plan: str) -> tuple[dict[str, Any], list[np.ndarray]] | None:
@@ -207,13 +209,34 @@ class Cache:
         notes = self._own_notes(name)
         if notes is None:
             return None
-        arrays = self._answers.read_arrays(name, notes["arrays"])
-        if arrays is None:
-            return None
-        tag = self._tag(name, json.dumps(notes["plain"]).encode(), *arrays)
-        if not hmac.compare_digest(tag.hex(), str(notes["tag"])):
+        arrays, digests = self._arrays(name, notes["arrays"])
+        if [digest.hex() for digest in digests] != notes["digests"]:
             return None
         return notes["plain"], arrays
+
+    def _arrays(
+        self, name: str, forms: Sequence[Sequence[Any]]
+    ) -> tuple[list[np.ndarray], list[bytes]]:
+        """Return the arrays of an answer and their digests; none where one cannot be read."""
+        if self._folder is None:
+            arrays = self._answers.read_arrays(name, forms) or []
+            return arrays, pieces.digests([pieces.bytes_of(x) for x in arrays])
+        # Each is one chunk, as it lies in memory, and a checksum, which says less than a digest.
+        stretches = []
+        for i, (dtype, shape, _) in enumerate(forms):
+            file = self._folder.joinpath("answers", name, str(i), "c", *"0" * len(shape))
+            size = math.prod(shape, start=np.dtype(dtype).itemsize)
+            stretches.append(pieces.Stretch(file, 0, size, _CHECKSUM) if size else None)
+        read = iter(pieces.read([x for x in stretches if x is not None]))
+        found = [next(read) if x else (pieces.empty(0), _NOTHING) for x in stretches]
+        there = [one for one in found if one is not None]
+        if len(there) < len(found):
+            return [], []
+        arrays = [
+            x.view(dtype).reshape(shape)
+            for (x, _), (dtype, shape, _) in zip(there, forms, strict=True)
+        ]
+        return arrays, [digest for _, digest in there]
 
     def keep(
         self,
@@ -235,43 +258,34 @@ class Cache:
         """
         name = self._name(plan)
         values = [np.ascontiguousarray(array).reshape(np.shape(array)) for array, *_ in arrays]
-        plain = json.loads(json.dumps(plain))
         notes = {
             "plan": about,
             "arrays": [
                 [str(x.dtype), list(x.shape), list(dims)]
                 for x, (_, dims, _) in zip(values, arrays, strict=True)
             ],
-            "plain": plain,
+            "plain": json.loads(json.dumps(plain)),
             "bytes": sum(x.nbytes for x in values),
             "seconds": seconds,
-            "tag": self._tag(name, json.dumps(plain).encode(), *values).hex(),
         }
-        signed = json.dumps(notes, sort_keys=True)
-        notes["mine"] = self._tag(name, signed.encode()).hex()
         dims = [x[1:] for x in arrays]
         whole = [(x, *more) for x, more in zip(values, dims, strict=True)]
-        self._submit(notes["bytes"], lambda: self._answers.write_arrays(name, whole, notes))
+
+        def write() -> None:
+            digests = pieces.digests([pieces.bytes_of(x) for x in values])
+            notes["digests"] = [digest.hex() for digest in digests]
+            signed = json.dumps(notes, sort_keys=True)
+            notes["mine"] = self._tag(name, pieces.digests([signed.encode()])[0]).hex()
+            self._answers.write_arrays(name, whole, notes)
+
+        self._submit(notes["bytes"], write)
 
     def _name(self, plan: str) -> str:
         return sha256(repr((_VERSION, self._identity, plan)).encode())[:32]
 
-    def _tag(self, name: str, *parts: Any) -> bytes:
-        """Return the keyed digest of bytes and arrays under a name."""
-
-        def digest(part: Any) -> bytes:
-            if not isinstance(part, np.ndarray):
-                return hashlib.sha256(part).digest()
-            head = f"{part.dtype} {part.shape} ".encode()
-            data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
-            return hashlib.sha256(head + hashlib.sha256(data).digest()).digest()
-
-        large = (
-            sum(len(x) if isinstance(x, bytes | memoryview) else x.nbytes for x in parts) > 2**22
-        )
-        each = list((_DIGESTING.map if large and len(parts) > 1 else map)(digest, parts))
-        head = f"{self._identity} {name} ".encode()
-        return hmac.digest(self._secret, head + b"".join(each), "sha256")
+    def _tag(self, name: str, digest: bytes) -> bytes:
+        """Return what only this user can make of a name and a digest."""
+        return hmac.digest(self._secret, f"{self._identity} {name} ".encode() + digest, "sha256")
 
     # ---- all of it
 
@@ -284,7 +298,7 @@ class Cache:
                 len(notes["arrays"]),
             )
             for name, top in zip(names, tops, strict=True)
-            if (notes := _notes(top)) is not None
+            if (notes := _notes(top, _LISTED)) is not None
         ]  # fmt: skip
 
     def entries(self) -> list[Entry]:
@@ -343,7 +357,7 @@ class Shelf:
         name = f"{self._family}/{folder}/parts"
         (packed,) = self._keys.read([name], limit=2**26)
         if packed is None or not hmac.compare_digest(
-            packed[:_TAG], self._cache._tag(name, packed[_TAG:])
+            packed[:_TAG], self._cache._tag(name, *pieces.digests([packed[_TAG:]]))
         ):
             return None
         there = {part: i for i, part in enumerate(_unpacked(packed[_TAG:])["parts"])}
@@ -362,22 +376,18 @@ class Shelf:
         that are asked for.
         """
         path, places = where
-        size, _ = _sizes(path.rsplit("/", 1)[-1]) or (0, 0.0)
-        (packed,) = self._keys.read([path], limit=size)
-        if packed is None or len(packed) < _TAG + 4:
+        body = self._body(path)
+        if body is None:
             return None
-        body = memoryview(packed)[_TAG:]
-        if not hmac.compare_digest(packed[:_TAG], self._cache._tag(path, body)):
-            return None
-        (length,) = struct.unpack_from("<I", body)
+        (length,) = struct.unpack_from("<I", body.data)
         head = _unpacked(bytes(body[4 : 4 + length]))
-        at, parts = 4 + length, []
+        at, parts = _aligned(4 + length), []
         for specs in head["parts"]:
             arrays = []
             for dtype, shape in specs:
-                count = int(np.prod(shape, dtype=np.int64))
+                count = math.prod(shape)
                 array = np.frombuffer(body, np.dtype(dtype), count, at).reshape(shape)
-                at += array.nbytes
+                at = _aligned(at + array.nbytes)
                 arrays.append(array)
             parts.append(arrays)
         plain = head["plain"]
@@ -387,21 +397,51 @@ class Shelf:
             plain = {**plain, "each": [plain["each"][i] for i, _ in places]}
         return Cell(plain, [parts[i] for i, _ in places])
 
+    def _body(self, path: str) -> np.ndarray | None:
+        """Return what lies behind the tag of a cell, if this user has put it there."""
+        size, _ = _sizes(path.rsplit("/", 1)[-1]) or (0, 0.0)
+        if size < _TAG + 4:
+            return None
+        folder = self._cache._folder
+        if folder is None:
+            (packed,) = self._keys.read([path], limit=size)
+            if packed is None or len(packed) < _TAG + 4:
+                return None
+            tag, body = packed[:_TAG], np.frombuffer(packed, np.uint8)[_TAG:]
+            (digest,) = pieces.digests([body.data])
+        else:
+            file = folder / "cells" / path
+            first, rest = pieces.read([
+                pieces.Stretch(file, 0, _TAG, size - _TAG),
+                pieces.Stretch(file, _TAG, size - _TAG),
+            ])  # fmt: skip
+            if first is None or rest is None:
+                return None
+            tag, (body, digest) = first[0].tobytes(), rest
+        return body if hmac.compare_digest(tag, self._cache._tag(path, digest)) else None
+
     def write(self, cell: str, what: Cell, seconds: float) -> None:
-        """Keep a cell."""
+        """Keep a cell, whose arrays nobody changes any more."""
         if not self._labelled:
             self._labelled = True
             name = f"{self._family}/{self._own}/parts"
             packed = _packed({"parts": self._parts, "about": self._about})
-            self._cache.write(self._keys, name, self._cache._tag(name, packed) + packed)
-        parts = [[np.ascontiguousarray(x).reshape(np.shape(x)) for x in p] for p in what.parts]
-        specs = [[(str(x.dtype), x.shape) for x in arrays] for arrays in parts]
+            tag = self._cache._tag(name, *pieces.digests([packed]))
+            self._cache.write(self._keys, name, len(packed), lambda: tag + packed)
+        specs = [[(str(x.dtype), x.shape) for x in arrays] for arrays in what.parts]
         head = _packed({"plain": what.plain, "parts": specs})
-        raw = [x.reshape(-1).view(np.uint8).data for arrays in parts for x in arrays if x.size]
-        body = b"".join([struct.pack("<I", len(head)), head, *raw])
-        size, spent = _TAG + len(body), max(1, round(seconds * 1e3))
+        sizes = [4 + len(head), *(x.nbytes for arrays in what.parts for x in arrays)]
+        size, spent = _TAG + sum(map(_aligned, sizes)), max(1, round(seconds * 1e3))
         path = f"{self._family}/{self._own}/{cell}~{size}~{spent}"
-        self._cache.write(self._keys, path, self._cache._tag(path, body) + body)
+
+        def packed_cell() -> bytes:
+            raw: list[Any] = [struct.pack("<I", len(head)) + head]
+            raw += [pieces.bytes_of(np.asarray(x)) for arrays in what.parts for x in arrays]
+            padded = [y for x in raw for y in (x, bytes(_aligned(len(x)) - len(x)))]
+            body = b"".join(padded)
+            return self._cache._tag(path, *pieces.digests([body])) + body
+
+        self._cache.write(self._keys, path, size, packed_cell)
 
 
 def _sizes(last: str) -> tuple[int, float] | None:
@@ -414,6 +454,11 @@ def _sizes(last: str) -> tuple[int, float] | None:
     if len(numbers) != 2 or not all(x.isdecimal() for x in numbers):
         return None
     return int(numbers[0]), int(numbers[1]) / 1e3
+
+
+def _aligned(size: int) -> int:
+    """Round up to where XLA reads in place."""
+    return -(-size // pieces.ALIGNED) * pieces.ALIGNED
 
 
 def _packed(plain: dict[str, Any]) -> bytes:
@@ -430,13 +475,17 @@ def _unpacked(packed: bytes) -> dict[str, Any]:
     return {**blank, **found} if isinstance(found, dict) else blank
 
 
-def _notes(top: bytes | None) -> dict[str, Any] | None:
+# What is said of an answer by whoever has kept it, in whatever way; and, besides, by this version.
+_LISTED = {"plan": str, "arrays": list, "bytes": int, "seconds": int | float}
+_SIGNED = {**_LISTED, "plain": dict, "digests": list, "mine": str}
+
+
+def _notes(top: bytes | None, kinds: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         notes = json.loads(top or b"")["attributes"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    kinds = {"plan": str, "arrays": list, "plain": dict, "bytes": int, "tag": str, "mine": str}
-    if not isinstance(notes, dict) or not isinstance(notes.get("seconds"), int | float):
+    if not isinstance(notes, dict):
         return None
     return notes if all(isinstance(notes.get(k), kind) for k, kind in kinds.items()) else None
 
@@ -465,6 +514,5 @@ def _secret() -> bytes:
     return _OF_THIS_PROCESS
 
 
-# Digests of large arrays are made side by side.
-_DIGESTING = concurrent.futures.ThreadPoolExecutor(2, "replay-digest")
+(_NOTHING,) = pieces.digests([b""])
 _OF_THIS_PROCESS = secrets.token_bytes(32)

@@ -2,11 +2,13 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core import indexing
 
 from replay.errors import QueryError
 from replay.query.nodes import RAGGED, Node, Part, Pick, Reduce, Rename, Scan, Take
@@ -17,6 +19,9 @@ RULE = (
     "update that the optimizer returns for gradient g at the recorded state"
 )
 
+# Entries from which on the columns of a ranking are made when they are looked at.
+LATE = 2**16
+
 
 class Result(xr.Dataset):
     """An answer: an `xarray.Dataset`, and other forms of it.
@@ -24,7 +29,8 @@ class Result(xr.Dataset):
     What has weights has a variable for each tensor, by its path, in the tensor's shape where all
     of it was asked for. A ranking has, beside its values, `step`, `position`, `sample`, `tensor`
     and `weight`, as far as it was taken over them (`<tensor>.sample` where each weight has its
-    own). `attrs` hold `plan`, `grade`, `steps` (replayed) and, for attributed updates, `rule`.
+    own); of a large ranking these are made when they are looked at. `attrs` hold `plan`, `grade`,
+    `steps` (replayed) and, for attributed updates, `rule`.
     """
 
     __slots__ = ()
@@ -173,20 +179,18 @@ def result_of(
     parts = node.parts if set(value.dims) & set(RAGGED) else ()
     coordinates = _coordinates(node, value, keys, occurrences)
     ranking = _ranking(node) if value.fields else None
+    places = {} if ranking is None else _places(ranking, value, batch, samples_at)
     variables: dict[str, Any] = {}
     if not parts:
         variables["value"] = (value.dims, value.data[0])
-        if ranking is not None:
-            for name, found in _places(ranking, value, 0, batch, samples_at).items():
-                coordinates[name] = (value.dims, found)
+        for name, find in places.items():
+            coordinates[name] = (value.dims, _column(find, value, 0))
     for i, part in enumerate(parts):
         dims, reshape, marks = _of_part(part, value.dims, value.data[i].shape)
         variables[part.path] = (dims, reshape(value.data[i]), marks)
-        if ranking is None:
-            continue
-        for name, found in _places(ranking, value, i, batch, samples_at).items():
+        for name, find in places.items():
             marked = {**marks, "field": name}
-            variables[f"{part.path}.{name}"] = (dims, reshape(found), marked)
+            variables[f"{part.path}.{name}"] = (dims, _column(find, value, i, reshape), marked)
     return Result.of(variables, coordinates, attributes)
 
 
@@ -211,43 +215,158 @@ def _ranking(node: Node) -> Reduce | None:
     return node if isinstance(node, Reduce) and node.how == "top_k" else None
 
 
-def _places(node: Reduce, value: Any, i: int, batch: int, samples_at: Any) -> dict[str, Any]:
-    """Tell where the entries of a ranking stand."""
-    steps, numbers = value.fields["step"][i], value.fields["number"][i]
-    nobody = steps < 0
+# ---- where the entries of a ranking stand: columns of their steps and numbers, -1 for nobody
+
+
+class _Steps(NamedTuple):
+    """The steps themselves."""
+
+    def __call__(self, steps: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        # What is kept may be narrower.
+        return steps if steps.dtype.itemsize >= 4 else steps.astype(np.int32)
+
+
+class _Place(NamedTuple):
+    """A place along one of the dimensions that are numbered together."""
+
+    stride: int
+    size: int
+
+    def __call__(self, steps: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        place = numbers.astype(np.int64) // self.stride % self.size
+        return np.where(steps < 0, -1, place)
+
+
+class _Which(NamedTuple):
+    """The tensor of a weight, and its place among the chosen ones of that tensor."""
+
+    place: _Place
+    parts: tuple[Part, ...]
+
+    def __call__(self, steps: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        place = self.place(steps, numbers)
+        ends = np.cumsum([part.size for part in self.parts])
+        which = np.minimum(np.searchsorted(ends, place, side="right"), len(ends) - 1)
+        return which, place - np.asarray([0, *ends[:-1]])[which]
+
+
+class _Tensor(NamedTuple):
+    """The path of the tensor of a weight."""
+
+    which: _Which
+
+    def __call__(self, steps: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        which, _ = self.which(steps, numbers)
+        paths = np.asarray([part.path for part in self.which.parts], object)
+        return np.where(steps < 0, "", paths[which]).astype(str)
+
+
+class _Weight(NamedTuple):
+    """The flat index of a weight in its tensor."""
+
+    which: _Which
+
+    def __call__(self, steps: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        which, within = self.which(steps, numbers)
+        within = np.where(steps < 0, -1, within)
+        for number, part in enumerate(self.which.parts):
+            if part.indices is not None:
+                mine = (which == number) & (steps >= 0)
+                chosen = np.asarray(part.indices)[np.maximum(within, 0) * mine]
+                within = np.where(mine, chosen, within)
+        return within
+
+
+class _Group(NamedTuple):
+    """The name of a group."""
+
+    place: _Place
+    names: np.ndarray
+
+    def __call__(self, steps: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        names = self.names[np.maximum(self.place(steps, numbers), 0)]
+        return np.where(steps < 0, -1 if names.dtype.kind in "iu" else "", names)
+
+
+class _Sample(NamedTuple):
+    """The id of a sample, from `table`, those of all occurrences from the first of a step on."""
+
+    place: _Place
+    batch: int
+    first: int
+    table: np.ndarray
+
+    def __call__(self, steps: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        place = self.place(steps, numbers) + (steps.astype(np.int64) - self.first) * self.batch
+        return np.where(steps < 0, -1, self.table[np.where(steps < 0, 0, place)])
+
+
+class _Looked(NamedTuple):
+    """The id of a sample, looked up in the log."""
+
+    place: _Place
+    batch: int
+    samples_at: Any
+
+    def __call__(self, steps: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        at = steps.astype(np.int64) * self.batch + self.place(steps, numbers)
+        return self.samples_at(np.where(steps < 0, -1, at))
+
+
+class _Late(BackendArray):
+    """A column of a large ranking, made when it is looked at, and only where it is."""
+
+    def __init__(self, find: Any, steps: np.ndarray, numbers: np.ndarray):
+        self._find, self._steps, self._numbers = find, steps, numbers
+        self.shape = steps.shape
+        self.dtype = find(np.zeros(0, steps.dtype), np.zeros(0, numbers.dtype)).dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        basic = indexing.IndexingSupport.BASIC
+        return indexing.explicit_indexing_adapter(key, self.shape, basic, self._at)
+
+    def _at(self, key: tuple[Any, ...]) -> np.ndarray:
+        return np.asarray(self._find(self._steps[key], self._numbers[key]))
+
+
+def _column(find: Any, value: Any, i: int, reshape: Any = lambda x: x) -> Any:
+    """Return a column of a ranking: at once where it is small, or where the log is needed."""
+    steps, numbers = (reshape(np.asarray(value.fields[x][i])) for x in ("step", "number"))
+    if steps.size < LATE or isinstance(find, _Looked | _Tensor):  # whose dtype is that of its texts
+        return find(steps, numbers)
+    late: Any = indexing.LazilyIndexedArray(_Late(find, steps, numbers))
+    return indexing.MemoryCachedArray(indexing.CopyOnWriteArray(late))
+
+
+def _places(node: Reduce, value: Any, batch: int, samples_at: Any) -> dict[str, Any]:
+    """Return what tells where the entries of a ranking stand."""
     found: dict[str, Any] = {}
     walked = node.child.walked
     if walked in node.over:
-        found[walked] = np.asarray(steps)
+        found[walked] = _Steps()
     inner = [dim for dim in node.child.dims if dim in node.over and dim != walked]
     sizes = {"position": batch, "weight": sum(part.size for part in node.child.parts)}
-    rest = np.where(nobody, 0, numbers).astype(np.int64)
+    stride = 1
     for dim in reversed(inner):
         size = sizes.get(dim) or _size(node.child, dim)
-        place, rest = rest % size, rest // size
-        found[dim] = np.where(nobody, -1, place)
+        found[dim] = _Place(stride, size)
+        stride *= size
     if "weight" in found and node.child.parts:
-        paths = [part.path for part in node.child.parts]
-        ends = np.cumsum([part.size for part in node.child.parts])
-        which = np.searchsorted(ends, found["weight"], side="right")
-        which = np.minimum(which, len(paths) - 1)
-        first = np.asarray([0, *ends[:-1]])[which]
-        within = np.where(nobody, -1, found["weight"] - first)
-        for number, part in enumerate(node.child.parts):
-            if part.indices is not None:
-                mine = (which == number) & ~nobody
-                within = np.where(mine, np.asarray(part.indices)[np.maximum(within, 0) *
-                                                                 mine], within)  # fmt: skip
-        found["tensor"] = np.where(nobody, "", np.asarray(paths, object)[which]).astype(str)
-        found["weight"] = within
+        which = _Which(found["weight"], node.child.parts)
+        found["tensor"], found["weight"] = _Tensor(which), _Weight(which)
     if "group" in found:
         groups = (n.by for n in _below(node.child) if isinstance(n, Reduce) and n.by is not None)
         names = np.asarray(next(by for by in groups if by.kind == "labels").names)
-        found["group"] = np.where(nobody, -1, names[np.maximum(found["group"], 0)]) if (
-            names.dtype.kind in "iu") else np.where(nobody, "", names[found["group"]])  # fmt: skip
+        found["group"] = _Group(found["group"], names)
     if walked == "step" and "position" in found:
-        at = np.where(nobody, -1, np.asarray(steps, np.int64) * batch + found["position"])
-        found["sample"] = samples_at(at)
+        place, steps = found["position"], node.child.steps
+        found["sample"] = _Looked(place, batch, samples_at)
+        entries = sum(np.size(x) for x in value.fields["step"])
+        first, last = (int(steps[0]), int(steps[-1]) + 1) if len(steps) else (0, 0)
+        if LATE <= entries and (last - first) * batch <= entries:
+            # All ids that may stand there are read at once: fewer than the entries are.
+            table = samples_at(np.arange(first * batch, last * batch))
+            found["sample"] = _Sample(place, batch, first, table)
     return found
 
 

@@ -185,7 +185,11 @@ def _family(
 
 
 def _named_runs(node: Node, names: Mapping[str, str]) -> Node:
-    """Call runs by what identifies them, and not by where they are."""
+    """Call runs by what identifies them, not by where they are, and labels by their digest."""
+    if isinstance(node, Reduce) and node.by is not None and node.by.labels:
+        # There is one for each sample, and the text of a plan is looked up often.
+        by = dataclasses.replace(node.by, labels=bytes.fromhex(sha256(node.by.labels)))
+        return Reduce(_named_runs(node.child, names), node.how, node.over, node.settings, by)
     if isinstance(node, Take) and node.of is not None:
         node = dataclasses.replace(node, of=_named_runs(node.of, names))
     if isinstance(node, Scan):
@@ -236,8 +240,9 @@ def keep(
         "grade": grade.name,
     }
     parts = [str(part) for part in node.parts] if len(node.parts) == len(value.data) else []
+    fields = {name: [_narrow(x) for x in values] for name, values in value.fields.items()}
     arrays = []
-    for field, values in {"value": value.data, **value.fields}.items():
+    for field, values in {"value": value.data, **fields}.items():
         for i, x in enumerate(values):
             notes = {"field": field} | ({"tensor": parts[i]} if parts else {})
             dims = [f"{dim}_{i}" if parts and dim in RAGGED else dim for dim in value.dims]
@@ -248,3 +253,14 @@ def keep(
         repr(_named_runs(node, names)), plain, arrays, about="\n".join(node.lines()),
         seconds=seconds,
     )  # fmt: skip
+
+
+def _narrow(x: np.ndarray) -> np.ndarray:
+    """Keep steps and places in as few bytes as hold them; a result widens them again."""
+    if x.dtype != np.int32 or not x.size:
+        return x
+    low, high = int(x.min()), int(x.max())
+    for kind in map(np.iinfo, ("uint8", "int8", "uint16", "int16")):
+        if kind.min <= low and high <= kind.max:
+            return x.astype(kind.dtype)
+    return x

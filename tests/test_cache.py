@@ -7,12 +7,15 @@ import pathlib
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
 
+import google_crc32c
 import hypothesis
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -22,8 +25,8 @@ from test_query import LABELS, Recorded, bits_of, both, questions, questions_of,
 from tiny import compile_once  # noqa: F401  # the fixture is there for who imports it
 
 import replay
-from replay import cli, execute
-from replay.cache import Cache
+from replay import cache, cli, execute, pieces, reuse
+from replay.cache import Cache, Cell
 from replay.query.expressions import Expression
 from replay.query.nodes import restrict
 from replay.store import KeyValues, Place
@@ -184,6 +187,15 @@ def test_what_stops_early_stops_at_what_is_kept(path):
     assert again.attrs["steps"] == 0 and again.attrs["grade"] == cold.attrs["grade"]
 
 
+def test_other_labels_of_as_many_samples_are_another_question(path):
+    run = replay.open(path)
+    for labels in (LABELS, np.roll(LABELS, 1)):
+        question = run.sample_losses.groupby(labels).sum()
+        found, cold = question.compute(), question.compute(cache=False)
+        assert bits_of(found) == bits_of(cold) and found.attrs["steps"] == 200
+        assert question.compute().attrs["steps"] == 0
+
+
 def test_other_samples_are_told_apart_by_what_they_hold(path):
     test = {name: rows[:6] for name, rows in tiny.DATA.items()}
     changed = {**test, "y": test["y"] + 1}
@@ -235,6 +247,37 @@ def test_any_question_has_the_same_bits_cold_warm_half_warm_and_after_losses(
     assert bits_of(question.compute()) == bits_of(cold)
 
 
+@pytest.mark.parametrize("where", ["a path", "memory://cache/"])
+def test_arrays_of_all_kinds_come_back_from_any_place(tmp_path, where):
+    place = Place(tmp_path / "run" if where == "a path" else where)
+    values = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    arrays = [
+        values, values.T, values[:0], np.asarray(3, np.int64), values > 5,
+        values.astype("bfloat16"), values.astype(np.complex64), np.arange(2**19),
+    ]  # fmt: skip
+
+    def same(one, other):
+        assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+
+    kept = Cache(place, "both", 2**27)
+    dims = ["x", "y", "z"]
+    kept.keep("plan", {"a": [1]}, [(x, dims[: x.ndim], {}) for x in arrays], about="", seconds=1.0)
+    shelf = kept.shelf("family", ["w/ ", "v/ "], "about", cuts=False)
+    shelf.write("0-all", Cell({"each": [[1], [2]]}, [[jnp.asarray(values)], arrays]), 1.0)
+    kept.flush()
+    again = Cache(place, "both", 2**27)
+    found = again.answer("plan")
+    assert found is not None and found[0] == {"a": [1]}
+    one = again.shelf("family", ["v/ "], "about", cuts=False)
+    ((where_it_is, *_),) = one.there().values()
+    cell = one.read(where_it_is)
+    assert cell is not None and cell.plain == {"each": [[2]]}
+    for x, y, z in zip(arrays, found[1], cell.parts[0], strict=True):
+        same(x, y)
+        same(x, z)
+    assert Cache(place, "another", 2**27).answer("plan") is None
+
+
 # ---------------------------------------------------------------------- who is not to be trusted
 
 
@@ -263,6 +306,61 @@ def test_a_flipped_bit_anywhere_is_never_an_answer(path):
             file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
             assert asked(path, question)[0] == cold
         file.write_bytes(data)
+
+
+def test_a_changed_answer_with_the_right_checksum_is_no_answer(path, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 16)  # so that every array has several
+    cold, _, _ = asked(path, path_length)
+    (file,) = (path / "cache" / "answers").glob("*/0/c/0")
+    data = file.read_bytes()
+    assert len(data) == 15 * 4 + 4
+    for changed in (
+        data[16:32] + data[:16] + data[32:60],
+        bytes(16) + data[16:60],
+        data[:44] + data[48:60] + data[44:48],
+        bytes([data[0] ^ 1]) + data[1:60],
+    ):
+        file.write_bytes(changed + struct.pack("<I", google_crc32c.value(changed)))
+        (group,) = (path / "cache" / "answers").iterdir()
+        read = xarray.open_zarr(group, consolidated=False)["0"].values  # which the checksum allows
+        assert read.tobytes() == changed
+        found, steps, _ = asked(path, path_length)
+        assert found == cold and steps == 0  # from its cells
+
+
+def test_what_an_earlier_version_has_kept_is_listed_and_deleted_but_no_answer(path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_VERSION", 1)
+        cold, _, _ = asked(path, path_length)
+    notes = json.loads(next((path / "cache" / "answers").glob("*/zarr.json")).read_text())
+    notes["attributes"]["tag"] = notes["attributes"].pop("digests")[0]
+    next((path / "cache" / "answers").glob("*/zarr.json")).write_text(json.dumps(notes))
+    earlier = files(path)
+    assert asked(path, path_length)[:2] == (cold, 200)
+    run = replay.open(path)
+    assert sorted(entry.kind for entry in run.cache.entries()) == [*["answer"] * 2, *["cells"] * 2]
+    run.cache.clear()
+    assert not any(file.exists() for file in earlier)
+
+
+def test_a_ranking_is_kept_in_as_few_bytes_as_hold_it_and_comes_back_as_it_was(path):
+    run = replay.open(path)
+    ranked = abs(run.sample_grads.sel(step=slice(100, 104))).top_k(20, dim=("step", "position"))
+    cold = ranked.compute(cache=False)
+    assert (cold["out.step"].values < 0).any()  # of 16 samples, the last ranks are nobody's
+    ranked.compute()
+    (group,) = (path / "cache" / "answers").iterdir()
+    kept = xarray.open_zarr(group, consolidated=False)
+    fields = [(x.attrs.get("field"), x.dtype.name) for x in kept.data_vars.values()]
+    assert sorted(fields) == [
+        ("number", "int8"), ("number", "int8"), ("step", "int8"), ("step", "int8"),
+        ("value", "float32"), ("value", "float32"),
+    ]  # fmt: skip
+    for question in (ranked, ranked.sel(rank=2)):  # the other is cut out of what is kept
+        warm, again = question.compute(), question.compute(cache=False)
+        assert warm.attrs["steps"] == 0 and bits_of(warm) == bits_of(again)
+    wide = np.asarray([-1, 40_000], np.int32), np.asarray([0, 300], np.int32)
+    assert [reuse._narrow(x).dtype.name for x in wide] == ["int32", "uint16"]
 
 
 def test_what_a_stranger_has_put_there_is_as_good_as_missing(path, tmp_path, monkeypatch):
@@ -315,7 +413,7 @@ def test_notes_that_make_no_sense_are_no_answer(path):
     (notes,) = (path / "cache" / "answers").glob("*/zarr.json")
     good = json.loads(notes.read_text())
     for name, value in {
-        "arrays": 5, "bytes": None, "seconds": "x", "tag": [], "plain": "", "mine": None,
+        "arrays": 5, "bytes": None, "seconds": "x", "digests": "", "plain": "", "mine": None,
     }.items():  # fmt: skip
         bad = {**good, "attributes": {**good["attributes"], name: value}}
         notes.write_text(json.dumps(bad))
@@ -336,7 +434,7 @@ def test_a_kept_cell_under_another_name_is_not_taken_for_it(path):
     run = replay.open(path)
     run.grads.sel(step=slice(0, 140)).sum("step").compute()
     cells = [file for file in files(path) if "~" in file.name]
-    first, second = sorted(cells, key=lambda file: file.name)[:2]
+    first, _, second = sorted(cells, key=lambda file: file.name)  # two in a row add up the same
     one, other = first.read_bytes(), second.read_bytes()
     first.write_bytes(other)
     second.write_bytes(one)
@@ -454,15 +552,15 @@ def test_whoever_flushes_waits_for_all_that_was_kept_before(path, monkeypatch):
         return write(self, *arguments)
 
     monkeypatch.setattr(KeyValues, "write_arrays", slowly)
-    cache = Cache(Place(path), "both", 2**24)
+    kept = Cache(Place(path), "both", 2**24)
     plans, together, lost = ["one", "two", "three"], threading.Barrier(3), []
 
     def work(plan):
         value = (np.ones(3), ["a"], {})
-        cache.keep(plan, {}, [value], about=plan, seconds=1.0)
+        kept.keep(plan, {}, [value], about=plan, seconds=1.0)
         together.wait()
-        cache.flush()
-        lost.extend(plan for plan in plans if not cache.has(plan))
+        kept.flush()
+        lost.extend(plan for plan in plans if not kept.has(plan))
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         list(pool.map(work, plans))

@@ -13,7 +13,7 @@ HERE = "tests/test_layers.py"
 # From the lowest layer up; a module imports only from layers below its own.
 LAYERS = (
     ("kernels",),
-    ("errors", "identity", "tree", "bounds"),
+    ("errors", "identity", "tree", "bounds", "pieces"),
     ("intervals",),
     ("program", "artifact", "activations", "order", "data", "store", "journal", "checkpoints"),
     ("ancestry", "edits", "grafting"),

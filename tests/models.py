@@ -147,7 +147,7 @@ class _Transformer(linen.Module):
         place = self.param("place", linen.initializers.normal(0.1), (WINDOW, self.width))
         x = embed(characters) + place
         drop = functools.partial(linen.Dropout, 0.1, deterministic=not train)
-        attend = linen.MultiHeadDotProductAttention(2, dropout_rate=0.1, deterministic=not train)
+        attend = linen.MultiHeadDotProductAttention(2, deterministic=True)
         x = x + drop()(attend(linen.LayerNorm()(x), mask=linen.make_causal_mask(characters)))
         wide = linen.gelu(linen.Dense(16 * self.width)(linen.LayerNorm()(x)))
         x = x + drop()(linen.Dense(self.width)(wide))

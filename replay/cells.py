@@ -1,6 +1,6 @@
 """Running states of a root of a plan, in aligned cells of steps, joined in one fixed tree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,9 +26,11 @@ class Root:
         span: steps of a cell.
         wholes: whether tensors are always taken in full, and weights chosen at the end.
         cuts: whether `whole` can cut chosen weights out of what a tensor has come to.
+        exact: whether the order of merges has no say, so that one state at a time is held.
     """
 
     span = BLOCK_STEPS
+    exact = False
     wholes = False
     cuts = False
 
@@ -69,6 +71,24 @@ class Root:
     def keys(self) -> list[int]:
         """Return the epochs or windows that there are."""
         return sorted(self._plain)
+
+    def weight_bytes(self, count: Callable[[str], int]) -> int:
+        """Return the bytes that a running state takes for one weight.
+
+        Args:
+            count: dimension -> its entries.
+        """
+        return 0
+
+    def states(self, steps: Sequence[int]) -> int:
+        """Return how many states of closed cells are held at once.
+
+        Args:
+            steps: how many there are of each epoch or window.
+        """
+        if self.exact:
+            return len(steps)
+        return sum((-(-int(count) // self.span) + 1).bit_length() for count in steps)
 
     def state(self) -> Any:
         """Return what another process can `absorb`."""
@@ -115,7 +135,8 @@ class Root:
 
     def _joined(self, key: int, part: int) -> Blocks:
         if (key, part) not in self._blocks:
-            self._blocks[key, part] = Blocks(self._merge(part))
+            blocks = _Merged if self.exact else Blocks
+            self._blocks[key, part] = blocks(self._merge(part))
         return self._blocks[key, part]
 
     def _note(self, key: int, plain: dict[str, Any]) -> None:
@@ -124,3 +145,13 @@ class Root:
             both = zip(known["samples"], plain["samples"], strict=True)
             plain = {**plain, "samples": [a + b for a, b in both]}
         self._plain[key] = plain
+
+
+class _Merged(Blocks):
+    """Blocks of which one state is held, as the order of merges has no say."""
+
+    def push(self, level: int, number: int, state: Any) -> None:
+        """Join the state with that of all earlier blocks."""
+        if self._nodes:
+            state = self._merge(self._nodes.pop()[2], state)
+        self._nodes.append((0, 0, state))

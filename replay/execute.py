@@ -14,16 +14,17 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from replay import grouped, reuse
+from replay import grouped, reuse, tiles
 from replay import plan as planning
 from replay.cache import Cache, Cell
 from replay.cells import Root
 from replay.errors import Grade, QueryError
 from replay.folds import Asked, Collected, Fold, Labelled, Sampled, keys_of, rule_of
-from replay.frames import Frame
+from replay.frames import FEW_WEIGHTS, Frame
 from replay.local import Everything, Known, Local, among
 from replay.narrowing import Narrowed, narrowed
 from replay.query import states
@@ -33,6 +34,7 @@ from replay.query.nodes import (
     Lag,
     Map,
     Node,
+    Part,
     Pick,
     Reduce,
     Rename,
@@ -42,6 +44,7 @@ from replay.query.nodes import (
 )
 from replay.reducing import reduce_now
 from replay.reuse import Course
+from replay.tiles import Sparing, Tiled
 from replay.values import Value, aligned, none_of, on_host, stacked, without_walk
 
 MEMORY = 2**30
@@ -106,6 +109,8 @@ class Execution:
         self._verified: list[tuple[int, int]] = []
         self._verifying: list[tuple[int, int]] = []
         self._narrowed: dict[Node, Narrowed | None] = {}
+        self._questions: list[Node] = []
+        self._passing: set[Node] = set()  # over tiles, whose cells are not worth keeping
         self.computed = False
 
     # ---- questions
@@ -126,6 +131,7 @@ class Execution:
         begun, before = time.perf_counter(), self.steps
         fresh = [q for q in questions if not self._recalled(q)]
         wanted = [root for q in fresh for root in planning.roots(q)]
+        self._questions = fresh
         for stage in planning.stages(wanted):
             self._run(stage, distribute)
         answers = []
@@ -338,6 +344,7 @@ class Execution:
 
     def _check(self, node: Node) -> None:
         """Refuse an answer that would not fit, before anything is replayed."""
+        tiled = self.tiled(node, self._questions, self._memory)
         sizes = 1
         catalogue = self.runs[next(node.scans()).run].catalogue
         for dim in node.dims:
@@ -355,13 +362,14 @@ class Execution:
                 sizes *= node.by.count
             if node.how == "quantile" and not node.walked:
                 sizes *= states.BUCKETS
+        if tiled is not None:
+            sizes = tiled.entries * sum(part.size for part in node.parts)
         if 4 * sizes > self._memory:
             raise QueryError(
                 f"the answer would take {4 * sizes / 2**20:,.0f} MiB: {', '.join(node.dims)}",
                 why=f"the limit is {self._memory / 2**20:,.0f} MiB",
                 fix="reduce it over a dimension, choose fewer steps or weights, or pass memory=",
             )
-        widest = max((part.size for part in planning.tensors_of(node)), default=0)
         if isinstance(node, Reduce) and node.how == "top_k":
             reduced = math.prod(
                 [catalogue.batch if "position" in node.over else 1]
@@ -373,14 +381,69 @@ class Execution:
                     why="places are counted in 32 bits",
                     fix="choose tensors",
                 )
-        factored = isinstance(self._root(node), Sampled | Labelled)
-        if _multiplied_out(node) and not factored and 4 * widest * catalogue.batch > self._memory:
+        if tiled is None and (size := self._multiplied_out(node)) > self._memory:
             raise QueryError(
-                f"{4 * widest * catalogue.batch / 2**20:,.0f} MiB of one tensor's gradients would "
+                f"{size / 2**20:,.0f} MiB of one tensor's gradients would "
                 "be multiplied out at once",
                 why="there is no rule that answers this from their factors",
                 fix="choose weights or a smaller tensor, or pass memory=",
             )
+
+    def _multiplied_out(self, node: Node) -> int:
+        """Return the bytes of one tensor's gradients that are multiplied out at once."""
+        if isinstance(self._root(node), Sampled | Labelled):
+            return 0
+        batch = self.runs[next(node.scans()).run].catalogue.batch
+        return 4 * tiles.multiplied_out(node) * batch
+
+    # ---- tiles of the weights
+
+    def passes(
+        self, roots: Sequence[Node], questions: Sequence[Node], memory: int
+    ) -> list[dict[Node, Node]]:
+        """Return what is folded along each replay, a root or one over a tile, and its root."""
+        tiled = [one for root in roots if (one := self.tiled(root, questions, memory))]
+        return tiles.passes(roots, tiled)
+
+    def tiled(self, root: Node, questions: Sequence[Node], memory: int) -> Tiled | None:
+        """Return the tiles of a root whose weights do not go together; None where they do.
+
+        Args:
+            root: what is computed along a replay.
+            questions: those that it is computed for.
+            memory: bytes that an answer may take.
+        """
+        looked = set(planning.below(root).dims)
+        if "weight" not in root.dims or not root.parts or looked & {"tensor", "unit"}:
+            return None
+        asked, taker = self.runs[planning.runs_of(root)[0]], self._root(root)
+        batch, keys = asked.catalogue.batch, keys_of(root, asked, planning.below(root).steps)
+        _, steps = np.unique(keys, return_counts=True)
+        count = functools.partial(tiles.count, batch=batch, keys=len(steps))
+        state = taker.weight_bytes(lambda dim: count(root, dim))
+        each = state * (tiles.WORKING + taker.states(steps.tolist()))
+        weights, multiplied = sum(part.size for part in root.parts), self._multiplied_out(root)
+        limit, least = memory // max(each, 1), 1
+        if multiplied:  # of which a quarter of the memory is left to whole tensors
+            rows = max([batch, *(scan.samples for scan in root.scans())])
+            limit = memory * 3 // 4 // (each + 4 * rows * tiles.COPIES)
+            least = FEW_WEIGHTS + 1
+        fields = 3 if isinstance(root, Reduce) and root.how == "top_k" else 1
+        # Whole tensors have the bits that they have beside others, whatever is asked of them.
+        for split in (False, True):
+            top = tiles.top_of(root, questions, count, split=split)
+            entries = tiles.entries(top, count)
+            needed = state > 4 * fields * entries and each * weights > memory
+            if not needed and multiplied <= memory or split and taker.wholes:
+                return None
+            if split and not tiles.splits(root):
+                return None
+            parts = tiles.parted(root.parts, limit, split=split, least=least)
+            if parts is not None:
+                # What stands below a norm of all weights, say, is looked at as a whole.
+                small = self._multiplied_out(tiles.over(root, parts[0])) <= memory
+                return Tiled(root, top, parts, entries, state * weights) if small else None
+        return None
 
     def _run(self, stage: Sequence[Node], distribute: Any = None) -> None:
         stage = [node for node in stage if node not in self._known]
@@ -402,14 +465,45 @@ class Execution:
             together.setdefault(planning.runs_of(node), []).append(node)
         for names, nodes in together.items():
             self.computed = True
-            roots = self.replayed(names, nodes, distribute)
-            for node, root in roots.items():
-                self._known[node] = root.result(lambda n=node: self._blank(n))
-                self._keys[node] = root.keys()
+            left = [found.rest for found in cut.values() if found.rest is not None]
+            self._fold(names, nodes, [*self._questions, *left], distribute)
         for node, found in cut.items():
             replayed = None if found.rest is None else self._known[found.rest].data
             self._known[node] = Value(node.dims, found.combine(replayed))
             self._keys[node] = node.steps.tolist() if node.walked else [0]
+
+    def _fold(
+        self,
+        names: tuple[str, ...],
+        nodes: Sequence[Node],
+        questions: Sequence[Node],
+        distribute: Any,
+    ) -> None:
+        """Replay for roots, as often as there are tiles of their weights."""
+        tiled = [x for node in nodes if (x := self.tiled(node, questions, self._memory))]
+        apart: dict[Node, list[tuple[Tiled, tuple[Part, ...]]]] = {}
+        for one in tiled:
+            cache, pairs = self._cache(one.root), list(zip(one.nodes, one.tiles, strict=True))
+            if cache is not None and not cache.takes(one.state):
+                self._passing |= set(one.nodes)
+            for node, tile in pairs:
+                apart.setdefault(node, []).append((one, tile))
+        values: dict[Node, dict[Node, Value]] = {one.root: {} for one in tiled}
+        for along in tiles.passes(nodes, tiled):
+            before = set(self._known)
+            for node in along:
+                for one, tile in apart.get(node, ()):
+                    self._known |= tiles.constants(one.root, tile, self.value)
+            for node, root in self.replayed(names, list(along), distribute).items():
+                self._known[node] = root.result(lambda n=node: self._blank(n))
+                self._keys[node] = root.keys()
+                for one, tile in apart.get(node, ()):
+                    self._keys[one.root] = root.keys()
+                    values[one.root][node] = self.value(tiles.over(one.top, tile))
+            for node in set(self._known) - before - (set(nodes) - set(values)):
+                del self._known[node]
+        for one in tiled:
+            self._known[one.top] = one.joined([values[one.root][node] for node in one.nodes])
 
     def replayed(
         self,
@@ -538,7 +632,8 @@ class Execution:
         for node, root in roots.items():
             course = self.course(root, within, without.get(node, frozenset()))
             courses[node] = course
-            root.closed = functools.partial(keeper.closed, course)
+            if node not in self._passing:
+                root.closed = functools.partial(keeper.closed, course)
             left = planning.cut(node, course.left)
             if left is None:
                 continue
@@ -591,13 +686,14 @@ class Execution:
     def _frames(self, name: str, steps: np.ndarray, reached: np.ndarray) -> Generator[Frame]:
         """Yield a frame for every step and state that is asked about, ascending."""
         asked = self.runs[name]
+        frame = functools.partial(Sparing, memory=self._memory // 4)
         either = set(steps.tolist()) | set(reached.tolist())
         only = set(reached.tolist())
         for span in planning.spans(asked.catalogue.checkpoints, steps, reached):
             if not span.steps:
-                leaves = asked.replayer.stored(span.start)
+                leaves = jax.device_put(asked.replayer.stored(span.start), jax.devices()[0])
                 self._verified.append((span.start, span.start))
-                yield Frame(asked.observers, span.start, leaves, None)
+                yield frame(asked.observers, span.start, leaves, None)
                 continue
             last = None
             walk = asked.replayer.steps(span.start, span.stop, exact=self._exact, late=True)
@@ -608,7 +704,7 @@ class Execution:
                         self._verifying = [(span.start, replayed.closed)]
                     self.steps += 1
                     if step in either:
-                        yield Frame(asked.observers, step, replayed.executed.before, replayed)
+                        yield frame(asked.observers, step, replayed.executed.before, replayed)
                     self._progress(1)
             finally:  # also where the rest is not asked for any more
                 self._verifying = []
@@ -620,7 +716,7 @@ class Execution:
                     self.grade = self.grade & Grade.UNAUDITED
             if span.stop in only:
                 assert last is not None
-                yield Frame(asked.observers, span.stop, last.executed.after, None)
+                yield frame(asked.observers, span.stop, last.executed.after, None)
 
     def _blank(self, node: Node) -> Local:
         """Return values of the forms that a step has, for questions about no step at all."""
@@ -676,18 +772,6 @@ class _Keeper:
 
 def _bytes(cell: Cell) -> int:
     return sum(x.nbytes for part in cell.parts for x in part)
-
-
-def _multiplied_out(node: Node) -> bool:
-    """Whether the gradients of samples are needed themselves, and not what factors answer."""
-    if isinstance(node, Reduce) and planning.of_samples(node.child) is not None:
-        if node.over == ("weight",) and node.how in ("norm", "sum"):
-            return False
-        if node.over == ("position",) and node.how == "sum":
-            return False
-    if isinstance(node, Scan):
-        return node.quantity in ("sample_grads", "sample_updates")
-    return any(map(_multiplied_out, node.children))
 
 
 def _takes(node: Node) -> Iterator[Take]:

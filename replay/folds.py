@@ -1,6 +1,7 @@
 """What the roots of a plan come to along a replay."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from replay import grouped
+from replay import grouped, tiles
 from replay import plan as planning
 from replay.cache import Cache, Cell
 from replay.cells import Root
@@ -26,6 +27,7 @@ from replay.reducing import (
     dtype_of,
     finished,
     inputs,
+    kind_of,
     layouts,
     merger,
     ranked,
@@ -36,6 +38,8 @@ from replay.values import Value, fused, joined, none_of, of_part, on_host, stack
 
 # Steps whose values are folded into a state by one call.
 TOGETHER = 4
+# Bytes of the sketches that are read together.
+READ = 2**24
 
 
 class Asked(NamedTuple):
@@ -82,6 +86,26 @@ class Fold(Root):
         rows = {"position", "sample"} & set(node.child.dims) or node.how in EARLY
         self._together = 1 if rows else TOGETHER
         self._dtype: Any = None
+        self.exact = kind_of(node).of(jnp.dtype(jnp.float32)).exact
+
+    def weight_bytes(self, count: Callable[[str], int]) -> int:
+        """Return the bytes that a running state takes for one weight.
+
+        Args:
+            count: dimension -> its entries.
+        """
+        kind, shape = kind_of(self.node), self._shapes[0]
+        signature = self._asked.observers.signature
+        dtypes = [jnp.dtype(signature.state[i].dtype) for i in signature.weights]
+        dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+        one, two = (
+            sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(
+                jax.eval_shape(lambda n=n: kind.of(dtype).init((n,), dtype))
+            ))
+            for n in (1, 2)
+        )  # fmt: skip
+        kept = math.prod(count(dim) for dim in shape.kept if dim != "weight")
+        return (two - one) * kept * (kind.groups if shape.rows else 1)
 
     def done(self) -> bool:
         """Whether no later step can change the answer."""
@@ -100,13 +124,13 @@ class Fold(Root):
         """Return the answer; of no steps at all, that of the blank state."""
         self.end()
         if self._plain:
-            several = [self._finished(self.found(key), notes["dtype"])
+            several = [self._read(self.found(key), notes["dtype"])
                        for key, notes in sorted(self._plain.items())]  # fmt: skip
         else:
             values, _, _ = inputs(self.node, empty())
             dtype = self._dtype_of(values)
             blank = [init(of_part(values, i)) for i, (init, *_) in enumerate(self._programs)]
-            several = [self._finished([jax.tree.leaves(state) for state in blank], dtype)]
+            several = [self._read([jax.tree.leaves(state) for state in blank], dtype)]
         if not self._keyed:
             return several[0]
         assert self.node.by is not None
@@ -115,7 +139,11 @@ class Fold(Root):
 
     @property
     def cuts(self) -> bool:  # type: ignore[override]
-        """Whether weights stay apart."""
+        """Whether weights stay apart, and have the bits that they have without their neighbours."""
+        return self._apart and tiles.splits(self.node)
+
+    @property
+    def _apart(self) -> bool:
         return all("weight" in shape.kept for shape in self._shapes)
 
     def whole(
@@ -184,6 +212,22 @@ class Fold(Root):
         (dtype, *_) = {notes["dtype"] for notes in self._plain.values()}
         return merger(self.node, dtype)
 
+    def _read(self, parts: list[list[Any]], dtype: str) -> Value:
+        """Return what states come to; of sketches, which take more to be read, some at a time."""
+        if self.node.how != "quantile" or not self._apart:
+            return self._finished(parts, dtype)
+        found = [self._sketched(i, [np.asarray(x) for x in part], dtype)
+                 for i, part in enumerate(parts)]  # fmt: skip
+        return Value(found[0].dims, [value.data[0] for value in found])
+
+    def _sketched(self, part: int, leaves: list[Any], dtype: str) -> Value:
+        shape = self._shapes[part]
+        size = leaves[0].shape[(1 if shape.rows else 0) + shape.kept.index("weight")]
+        most = max(1, READ * size // max(leaves[0].nbytes, 1))
+        rows = [tuple(range(a, min(a + most, size))) for a in range(0, max(size, 1), most)]
+        cut = [self.whole(part, {"dtype": dtype}, leaves, mine) for mine in rows]
+        return joined("weight", [self._finished([mine], dtype) for mine in cut])
+
     def _finished(self, parts: list[list[Any]], dtype: str) -> Value:
         tree = jax.tree.structure(blank_state(self.node, dtype))
         states = [jax.tree.unflatten(tree, leaves) for leaves in parts]
@@ -223,8 +267,14 @@ class Sampled(Root):
         self._numbers = [tensor[part.path] for part in rule.scan.tensors]
         self._streams: dict[int, Stream] = {}
         self._samples: dict[int, int] = {}
-        if rule.reduction.exact:  # merged in any order, and a ranking that is young changes often
+        self.exact = rule.reduction.exact
+        if self.exact:  # merged in any order, and a ranking that is young changes often
             self.span = 8 * BLOCK_STEPS
+
+    def weight_bytes(self, count: Callable[[str], int]) -> int:
+        """Return the bytes that a running state takes for one weight."""
+        leaves = jax.tree.leaves(jax.eval_shape(lambda: self._rule.reduction.init((1,), "float32")))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     def result(self, empty: Callable[[], Any]) -> Value:
         """Return the answer."""
@@ -361,6 +411,10 @@ class Labelled(grouped.Sums):
         numbers = [observers.tensor[part.path] for part in scan.tensors]
         super().__init__(node, of, scan, numbers, lambda: observers.gradients.forms(observers.way))
 
+    def weight_bytes(self, count: Callable[[str], int]) -> int:
+        """Return the bytes that a running state takes for one weight."""
+        return 4 * self._count
+
     def result(self, empty: Callable[[], Any]) -> Value:
         """Return the answer."""
         totals = self.totals()
@@ -403,8 +457,8 @@ class Collected(Root):
 
     @property
     def cuts(self) -> bool:  # type: ignore[override]
-        """Whether there are weights."""
-        return "weight" in self.node.dims
+        """Whether there are weights, with the bits that they have without their neighbours."""
+        return "weight" in self.node.dims and tiles.splits(self.node)
 
     def whole(
         self, part: int, plain: dict[str, Any], leaves: list[Any], indices: tuple[int, ...]

@@ -148,7 +148,8 @@ def among(node: Among, value: Value, ids: np.ndarray) -> Value:
     shape = [-1 if dim == "position" else 1 for dim in value.dims]
 
     def only(x):
-        mine = chosen(node, ids).reshape([*shape, *[1] * (x.ndim - len(shape))])
+        # A tensor comes in its own shape, and a scalar has no axis of weights.
+        mine = chosen(node, ids).reshape([*shape[: x.ndim], *[1] * (x.ndim - len(shape))])
         if states.is_count(x.dtype):
             return x & mine
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32

@@ -205,7 +205,10 @@ def _stepper(
             state = step(state, arrays, steps[i], None, None)
         return state
 
-    return jax.jit(init), jax.jit(step, donate_argnums=0), jax.jit(many, donate_argnums=0)
+    # A blank state is committed to a device, as what a step returns: `jit` compiles that once.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    begin = jax.jit(init, out_shardings=here)
+    return begin, jax.jit(step, donate_argnums=0), jax.jit(many, donate_argnums=0)
 
 
 @functools.lru_cache(maxsize=512)

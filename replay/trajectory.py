@@ -135,8 +135,12 @@ class LocalEngine:
         self._fingerprint, self._copy = _of_states(signature.state)
 
     def load(self, leaves: Sequence[Any]) -> list[jax.Array]:
-        """Take raw leaves as a state; a copy, because the next step may donate it."""
-        return [jnp.array(leaf, copy=True) for leaf in leaves]
+        """Take raw leaves as a state; a copy, because the next step may donate it.
+
+        Committed to a device, as what a program returns: `jit` would compile an observer twice.
+        """
+        copies = [jnp.array(leaf, copy=True) for leaf in leaves]
+        return jax.device_put(copies, jax.devices()[0])
 
     def fingerprint(self, state: Sequence[jax.Array]) -> jax.Array:
         """Return the fingerprint of a state, still being computed."""

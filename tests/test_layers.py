@@ -23,7 +23,7 @@ LAYERS = (
     ("worker", "selftest", "recording", "recorder", "replaying", "sample_gradients", "edited"),
     ("frames", "results", "values", "indexes", "evidence", "joining", "parting"),
     ("narrowing", "influence", "effects", "metrics"),
-    ("cells",),
+    ("cells", "tiles"),
     ("grouped", "reuse"),
     ("reducing",),
     ("local",),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from replay import plan as planning
+from replay import predicting, prices
 from replay.cache import Cache, budget
 from replay.data import Data
 from replay.errors import Grade, QueryError
@@ -29,14 +30,8 @@ from replay.replaying import Replayer
 from replay.results import RULE, Result, result_of
 from replay.sample_gradients import SampleGradients
 
-# Trainings of a step that a replayed step takes where nothing was measured: the step itself, and
-# for each root by what it looks at.
-REPLAYED = 1.3
-COSTS = {
-    "weights": 0.2, "opt_state": 0.2, "grads": 0.2, "updates": 0.3, "carried_updates": 3.0,
-    "residual_updates": 3.0, "condition": 4.0, "samples": 0.05, "sample_losses": 0.05,
-    "sample_grads": 2.0, "sample_updates": 6.0, "activations": 1.0, "column": 0.05,
-}  # fmt: skip
+# What an answer took is as much as was expected, and nothing is learnt, up to this logarithm.
+SURE = 0.1
 
 
 class Subject(NamedTuple):
@@ -79,7 +74,6 @@ class Asking:
         self._observers: dict[tuple[str, str, int], Observers] = {}
         self._caches: dict[tuple, Cache] = {}
         self._contents: dict[int, tuple[Data, str]] = {}
-        self._warm: set[str] = set()
 
     def joint(self, other: "Asking") -> "Asking":
         """Return whom a question about the runs of both asks."""
@@ -246,7 +240,7 @@ class Asking:
             name: self._asked(name, memory, strategy, cache, index, _sources(nodes, name))
             for name in self._names(nodes)
         }
-        total = self._steps(nodes, asked)
+        total = self._steps(nodes, asked, memory)
         with progress_bar("asking", total, progress if total else False) as report:
             execution = Execution(asked, memory=memory, exact=exact, progress=report)
             distribute = None
@@ -258,9 +252,11 @@ class Asking:
                     },
                 )  # fmt: skip
             begun = time.perf_counter()
-            answers = execution.answer(nodes, distribute)
-            if executor is None:
-                self._remember(nodes, asked, execution.steps, time.perf_counter() - begun)
+            with predicting.Compiling() as compiling:
+                answers = execution.answer(nodes, distribute)
+            if executor is None and execution.steps:
+                taken = time.perf_counter() - begun - compiling.seconds
+                self._remember(nodes, asked, execution.steps, taken)
         return [
             self._result(node, answer, execution)
             for node, answer in zip(nodes, answers, strict=True)
@@ -273,9 +269,25 @@ class Asking:
         strategy: str = "factored",
         cache: bool = True,
         index: bool = True,
+        calibrate: bool = False,
         **_: Any,
     ) -> str:
-        """Tell what an answer takes, executing nothing."""
+        """Tell what an answer takes, executing nothing of it.
+
+        Seconds stand on prices of what is called, which are those of another machine (and called
+        `estimated`) until this one is calibrated, and on what questions took before (`measured`).
+
+        Args:
+            *expressions: the questions.
+            memory: as for `compute`; likewise strategy, cache and index.
+            strategy: how per-sample gradients are had.
+            cache: whether what is kept is taken into account.
+            index: whether what indexes decide is.
+            calibrate: measure the prices of this machine first, once for all later processes; it
+                takes about half a minute.
+        """
+        if calibrate:
+            prices.calibrate()
         nodes = [planning.canonical(expression.plan) for expression in expressions]
         asked = {
             name: self._asked(name, memory, strategy, cache, index, _sources(nodes, name))
@@ -285,7 +297,7 @@ class Asking:
         return planning.explain(
             nodes,
             {name: one.catalogue for name, one in asked.items()},
-            functools.partial(self._rate, asked),
+            functools.partial(self._rate, asked, predicting.compiled()),
             execution,
             memory=memory,
             narrow=execution.spared,
@@ -354,19 +366,21 @@ class Asking:
             self._contents[id(data)] = (data, sha256(repr(digests).encode()))
         return self._contents[id(data)][1]
 
-    def _steps(self, nodes: Sequence[Node], asked: Mapping[str, Asked]) -> int:
+    def _steps(self, nodes: Sequence[Node], asked: Mapping[str, Asked], memory: int) -> int:
         total, execution = 0, Execution(asked)
         nodes = [node for node in nodes if not execution.recalled(node)]
         for stage in planning.stages(planning.replays(nodes)):
             known = {root: execution.spared(root) for root in stage}
             rests = [root if (cut := known[root]) is None else cut.rest for root in stage]
-            lefts = [execution.left(root)[0] for root in rests if root is not None]
-            cuts = [root for root in lefts if root is not None]
-            for name in sorted({run for root in cuts for run in planning.runs_of(root)}):
-                mine = [root for root in cuts if name in planning.runs_of(root)]
-                passed, reached = planning.union(mine)
-                walk = planning.spans(asked[name].catalogue.checkpoints, passed, reached)
-                total += sum(span.steps for span in walk)
+            rests = [root for root in rests if root is not None]
+            for one in execution.passes(rests, nodes, memory):
+                lefts = [execution.left(root)[0] for root in one]
+                cuts = [root for root in lefts if root is not None]
+                for name in sorted({run for root in cuts for run in planning.runs_of(root)}):
+                    mine = [root for root in cuts if name in planning.runs_of(root)]
+                    passed, reached = planning.union(mine)
+                    walk = planning.spans(asked[name].catalogue.checkpoints, passed, reached)
+                    total += sum(span.steps for span in walk)
         return total
 
     def _result(self, node: Node, answer: Any, execution: Execution) -> Result:
@@ -450,47 +464,68 @@ class Asking:
 
     # ---- rates
 
-    def _rate(self, asked: Mapping[str, Asked], stage: Sequence[Node], name: str) -> Any:
-        """Return the trainings that a replayed step takes, and whether that was measured."""
-        known = [rates.recall(self._rate_key(root, asked[name])) for root in stage]
-        if all(known):
-            return max(1.0, sum(x["above"] for x in known if x) + REPLAYED), True
-        total = REPLAYED
-        for root, measured in zip(stage, known, strict=True):
-            if measured:
-                total += measured["above"]
-            else:
-                total += max((COSTS[scan.quantity] for scan in root.scans()), default=0)
-        return total, False
+    def _rate(
+        self,
+        asked: Mapping[str, Asked],
+        compiled: set[Any],
+        folded: Sequence[Node],
+        roots: Sequence[Node],
+        name: str,
+        spans: Sequence[planning.Span],
+    ) -> predicting.Predicted:
+        """Return what a replay takes; what it compiles is added to what is compiled."""
+        one = asked[name]
+        loads = predicting.loads(one, spans, folded)
+        known = dict(rates.recall(self._rate_key((), one)))
+        known |= rates.recall(self._rate_key(tuple(roots), one))
+        found = predicting.seconds(loads, one, known, compiled)
+        compiled |= {load.key for load in loads}
+        return found
 
-    def _rate_key(self, root: Node, asked: Asked) -> str:
+    def _rate_key(self, roots: tuple[Node, ...], asked: Asked) -> str:
+        """Return the key of what is learnt of the steps of a run, or of questions of a form."""
         texts = sorted(
             str(entry.get("text")) for entry in asked.observers.log.header.programs.values()
         )
         scans = [
             (scan.quantity, scan.name, [(p.path, p.indices is None) for p in scan.tensors])
+            for root in roots
             for scan in root.scans()
         ]
-        shape = [type(x).__name__ + str(getattr(x, "how", "")) for x in _all(root)]
-        key = sha256(repr((scans, shape, texts)).encode())
+        shape = [
+            type(x).__name__ + str(getattr(x, "how", "")) + ",".join(getattr(x, "over", ()))
+            for root in roots
+            for x in _all(root)
+        ]
+        key = sha256(repr((scans, shape, texts, sorted(prices.prices()[0].items()))).encode())
         return rates.identity("rate of a replayed question", key, 0, 0)
 
     def _remember(
         self, nodes: Sequence[Node], asked: Mapping[str, Asked], steps: int, seconds: float
     ) -> None:
-        """Keep what a replayed step took, for the next prediction."""
-        wanted = [root for node in nodes for root in planning.roots(node)]
-        if len(asked) != 1 or len(wanted) != 1 or steps < 8 or any(map(planning.waits, nodes)):
+        """Keep what a replay took, compilations left out, for the next prediction."""
+        found, total = [], 0
+        for stage in planning.stages(planning.replays(nodes)):
+            for name in sorted({run for root in stage for run in planning.runs_of(root)}):
+                mine = [root for root in stage if name in planning.runs_of(root)]
+                spans = planning.spans(asked[name].catalogue.checkpoints, *planning.union(mine))
+                loads = predicting.loads(asked[name], spans, mine)
+                predicting.has_compiled(loads)
+                total += sum(span.steps for span in spans)
+                found.append((mine, asked[name], loads))
+        # Of a part of the steps, or of several replays, nobody knows what each took.
+        if len(found) != 1 or total != steps or steps < 8 or any(map(planning.waits, nodes)):
             return
-        ((_, one),) = asked.items()
-        key = self._rate_key(wanted[0], one)
-        if key not in self._warm:  # the first time compiles
-            self._warm.add(key)
-            return
-        ratio = seconds / steps / one.catalogue.seconds
-        before = rates.recall(key)
-        above = max(0.0, ratio - REPLAYED)
-        rates.remember(key, {"above": min(above, before["above"]) if before else above})
+        ((roots, one, loads),) = found
+        told = predicting.seconds(loads, one, {}, set())
+        learnt = predicting.learnt(told, seconds)
+        for what, name in (((), "step"), (tuple(roots), "replay")):
+            if name in learnt:
+                key = self._rate_key(what, one)
+                before = rates.recall(key).get(name)
+                if before is None or abs(math.log(learnt[name] / before)) > SURE:
+                    mean = math.sqrt((before or learnt[name]) * learnt[name])
+                    rates.remember(key, {name: mean})
 
 
 def portions(checkpoints: Sequence[int], looked: np.ndarray, workers: int) -> list[range]:
@@ -540,7 +575,9 @@ def _catalogue(subject: Subject, way: str) -> planning.Catalogue:
     log = subject.log
     steps = log.durable.steps
     seconds = log.column("microseconds", 0, steps).astype(np.float64) * 1e-6
-    each = float(np.median(seconds)) if len(seconds) else 0.0
+    # Whoever trains does not wait for a step, but for some of them together.
+    blocks = np.array_split(seconds, max(1, len(seconds) // 32))
+    each = float(np.median([x.mean() for x in blocks])) if len(seconds) else 0.0
     entry = log.header.programs.get("factors")
     names = [leaf.path for leaf in log.header.signature.grads]
     ways = dict.fromkeys(names, "scan")

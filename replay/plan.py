@@ -285,6 +285,12 @@ class Kept(Protocol):
         """Return a root cut to the steps that are left to replay, and how many cells are not."""
         ...
 
+    def passes(
+        self, roots: Sequence[Node], questions: Sequence[Node], memory: int
+    ) -> list[dict[Node, Node]]:
+        """Return what is folded along each replay, a root or one over a tile, and its root."""
+        ...
+
 
 def explain(
     questions: Sequence[Node],
@@ -300,7 +306,8 @@ def explain(
     Args:
         questions: canonical plans.
         catalogues: of the runs.
-        rate: `rate(roots, run) -> (trainings of a step that a replayed step takes, measured)`.
+        rate: `rate(folded, roots, run, spans)`, the seconds of a replay: `replay`, those to
+            `compile`, and `how` they are known.
         kept: knows what earlier questions have left.
         memory: bytes that an answer may take.
         narrow: `narrow(root) -> Narrowed`, what the log decides of it; None where nothing.
@@ -336,46 +343,75 @@ def explain(
                     lines.append("answered from the log: nothing is replayed")
                     continue
                 bound = "up to " if all(map(stops_early, mine)) or taken & set(mine) else ""
-                cuts = [kept.left(root) for root in mine]
-                mine = [root for root, _ in cuts if root is not None]
-                reused = sum(count for _, count in cuts)
+                passes, reused = [], 0
+                for one in kept.passes(mine, turn, memory):
+                    cuts = [(*kept.left(node), node, root) for node, root in one.items()]
+                    passes.append([
+                        (left, left if node == root else root)
+                        for left, _, node, root in cuts if left is not None
+                    ])  # fmt: skip
+                    reused += sum(count for _, count, *_ in cuts)
+                passes = [one for one in passes if one] or [[]]
                 if reused:
                     lines.append(f"kept from earlier questions: {reused} cells of steps")
-                for name in names if mine or not reused else ():
-                    told, seconds = _replay(mine, catalogues[name], bound, rate)
+                for name in names if passes[0] or not reused else ():
+                    told, seconds = _replay(passes, catalogues[name], bound, rate)
                     lines, total = [*lines, *told], total + seconds
     lines.append(f"memory limit {memory / 2**20:,.0f} MiB; about {total:.2g} s in all")
     return "\n".join(lines)
 
 
 def _replay(
-    stage: Sequence[Node], catalogue: Catalogue, bound: str, rate: Any
+    passes: Sequence[Sequence[tuple[Node, Node]]], catalogue: Catalogue, bound: str, rate: Any
 ) -> tuple[list[str], float]:
-    """Tell what the replay of one run for some roots takes, and its seconds."""
-    passed, reached = union(stage)
-    walk = spans(catalogue.checkpoints, passed, reached)
-    steps = sum(span.steps for span in walk)
+    """Tell what the replays of one run take, and their seconds.
+
+    Args:
+        passes: along each replay, what is folded, and what is asked with it.
+        catalogue: of the run.
+        bound: what stands before the number of steps.
+        rate: as for `explain`.
+    """
+    stage = [node for one in passes for node, _ in one]
+    walk = spans(catalogue.checkpoints, *union(stage))
+    each = [_steps([node for node, _ in one], catalogue) for one in passes]
+    steps = sum(each)
     segments = max(len(catalogue.checkpoints) - 1, 1)
     ends = [*catalogue.checkpoints[1:], catalogue.steps]
     used = sum(
         any(span.start < b and span.stop > a for span in walk)
         for a, b in zip(catalogue.checkpoints, ends, strict=True)
     )
-    ratio, known = rate(stage, catalogue.name)
-    seconds = steps * catalogue.seconds * ratio
+    taken = []
+    for one in passes:
+        folded, roots = [node for node, _ in one], [root for _, root in one]
+        walked = spans(catalogue.checkpoints, *union(folded))
+        taken.append(rate(folded, roots, catalogue.name, walked))
+    seconds, compiling = (sum(getattr(x, of) for x in taken) for of in ("replay", "compile"))
     where = ", ".join(f"{span.start} to {span.stop}" for span in walk[:4]) or "none"
     more = f", and {len(walk) - 4} more" if len(walk) > 4 else ""
-    how = "measured" if known else "estimated"
+    how = " and ".join(dict.fromkeys(x.how for x in taken))
+    tiles = ""
+    if len(passes) > 1:
+        long = " to ".join(f"{n:,}" for n in sorted({min(each), max(each)}))
+        tiles = f", in {len(passes)} tiles of the weights, each a replay of {long} steps"
     lines = [
         f"replay {bound}{steps:,} steps of {catalogue.name} (states {where}{more}): "
-        f"{used} of {segments} segments",
-        f"  about {seconds:.2g} s: {ratio:.2g} times their training ({how})",
+        f"{used} of {segments} segments{tiles}",
+        f"  about {seconds:.2g} s, {1e3 * seconds / max(steps, 1):.2g} ms a step ({how})",
     ]
+    if compiling:
+        lines.append(f"  and about {compiling:.2g} s to compile, the first time in this process")
     scans = {scan.quantity for root in stage for scan in root.scans()}
     if scans & {"sample_grads", "sample_updates", "condition"}:
         paths = dict.fromkeys(part.path for root in stage for part in tensors_of(root))
         lines += [f"  {path:<40} {catalogue.ways.get(path, 'scan')}" for path in paths]
-    return lines, seconds
+    return lines, seconds + compiling
+
+
+def _steps(stage: Sequence[Node], catalogue: Catalogue) -> int:
+    """Return how many steps one replay for some roots takes."""
+    return sum(span.steps for span in spans(catalogue.checkpoints, *union(stage)))
 
 
 def union(stage: Sequence[Node]) -> tuple[np.ndarray, np.ndarray]:

@@ -192,20 +192,19 @@ def _batch(state: Any, left: Any, right: Any, occurrence: Any) -> Any:
     if len(bits) > 1:
         return _insert(state, most.ravel(), left, right, occurrence)
 
+    # Nothing matches where no sample beats the state: the occurrence stays, in its own memory.
+    target = jnp.where(most > bits.reshape(most.shape), most, NOTHING)
+
     def match(whose, part):
         *part, occurrence = part
         for left, right, number in reversed(list(zip(*part, occurrence, strict=True))):
-            equal = jnp.minimum(_product(left[:, :, None], right[:, None, :]), NAN) == most
+            equal = jnp.minimum(_product(left[:, :, None], right[:, None, :]), NAN) == target
             whose = jnp.where(equal, number, whose)
         return whose, None
 
     numbers = _parts(occurrence)
-    whose, _ = lax.scan(match, jnp.zeros_like(most), [*parts, numbers], reverse=True)
-    new = most.reshape(1, -1) > bits
-    return (
-        jnp.where(new, most.reshape(1, -1), bits),
-        jnp.where(new, whose.reshape(1, -1), occurrences),
-    )
+    whose, _ = lax.scan(match, occurrences.reshape(most.shape), [*parts, numbers], reverse=True)
+    return jnp.maximum(bits, most.reshape(1, -1)), whose.reshape(1, -1)
 
 
 def _parts(samples: Any) -> Any:

@@ -5,7 +5,8 @@ for the tensors that have them, `sample_gradient` for the others.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,7 +105,7 @@ class SampleGradients:
         executed = replayed.executed
         return (
             *executed.before,
-            np.asarray(self._log.origin(executed.start).header.key, np.uint32),
+            _on_device(self._log.origin(executed.start).header.key),
             np.uint32(executed.start),
             replayed.ids,
             replayed.weights,
@@ -133,10 +134,10 @@ class SampleGradients:
                 payloads = produce(*inputs)
                 if len(valid) < size:
                     payloads = _take(payloads, valid)
-                yield group, payloads, jnp.asarray(first + valid)
+                yield group, payloads, first + valid
                 continue
             for a, b in chunks(len(valid), group.at_once):
-                yield group, produce(valid[a:b], *inputs), jnp.asarray(first + valid[a:b])
+                yield group, produce(valid[a:b], *inputs), first + valid[a:b]
 
     def choose(self, asked: str, replayed: Replayed, reductions: Sequence[Reduction]) -> str:
         """Return a way: for `auto` by timing both on one step, or by what was measured before."""
@@ -163,21 +164,27 @@ class SampleGradients:
             remember(key, seconds)
         return min(seconds, key=seconds.__getitem__)
 
-    def gap(self, replayed: Replayed, way: str) -> float:
-        """Compare the weighted mean of the samples' gradients with the gradient of the run."""
+    def compared(
+        self, parts: Iterable[tuple], replayed: Replayed, found: list[tuple[Any, Any]]
+    ) -> Iterator[tuple]:
+        """Pass on the parts of a step, and compare them with the gradient of the run.
+
+        Args:
+            parts: of the step.
+            replayed: the step.
+            found: gains, for each tensor, the largest difference between the weighted mean of the
+                samples' gradients and the gradient of the run, and its largest element. They are
+                on the device: nobody waits for them.
+        """
         totals: dict[int, Any] = {}
-        for group, payloads, occurrences in self.parts(replayed, way):
-            weights = replayed.weights[np.asarray(occurrences) % self._signature.batch_size]
+        for group, payloads, occurrences in parts:
+            weights = replayed.weights[occurrences % self._signature.batch_size]
             for number, payload in zip(group.tensors, payloads, strict=True):
                 part = weighted(group.tensors[number].form, "value", payload, weights)
                 totals[number] = totals[number] + part if number in totals else part
-        largest = scale = 0.0
-        for number, used in enumerate(replayed.executed.grads):
-            used = np.asarray(used, np.float64)
-            mean = np.asarray(totals[number], np.float64) / self._signature.batch_size
-            largest = max(largest, float(np.abs(mean - used).max(initial=0.0)))
-            scale = max(scale, float(np.abs(used).max(initial=0.0)))
-        return largest / scale if scale else largest
+            yield group, payloads, occurrences
+        totals = {number: totals[number] for number in sorted(totals)}
+        found.append(_apart(totals, list(replayed.executed.grads), self._signature.batch_size))
 
     def _table(self) -> archive.Table:
         entry = self._log.header.programs.get("factors")
@@ -256,6 +263,29 @@ def _take(payloads: Any, valid: Any) -> Any:
     return jax.tree.map(lambda x: x[valid], payloads)
 
 
+@functools.lru_cache(maxsize=16)
+def _on_device(key: Sequence[int]) -> Any:
+    return jnp.asarray(np.asarray(key, np.uint32))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _apart(totals: Any, grads: Sequence[Any], size: int) -> tuple[Any, Any]:
+    """Return by tensor the largest |mean - gradient| and the largest |gradient|."""
+
+    def largest(rows):
+        return jnp.stack([jnp.abs(x).max(initial=0.0) for x in rows])
+
+    wide = [used.astype(totals[number].dtype) for number, used in enumerate(grads)]
+    return largest(totals[n] / size - used for n, used in enumerate(wide)), largest(wide)
+
+
+def _gap(largest: Any, scales: Any) -> float:
+    """Return the largest difference of a step over the largest element of its whole gradient."""
+    # Python's `max` passes over what is not a number.
+    difference, scale = (max(0.0, *map(float, np.asarray(x))) for x in (largest, scales))
+    return difference / scale if scale else difference
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def weighted(form: Form, of: str, payload: Any, weights: Any) -> Any:
     """Return the weighted sum of gradients (`of` is `value`), or of |them|, in the tensor's shape.
@@ -304,18 +334,22 @@ def reduce(
             fix="one of auto, factored, scan",
         )
     stream = Stream(reductions, len(gradients.names))
-    occurrences, gap, deviation, closed = [], 0.0, 0.0, -1
+    occurrences, deviation, closed = [], 0.0, -1
+    apart: list[tuple[Any, Any]] = []
+    bar = _Paced(progress)
     for replayed in replayer.steps(steps.start, steps.stop, exact=exact, late=True):
         step = replayed.executed.start
         if step == steps.start:
             strategy = gradients.choose(strategy, replayed, reductions)
-        stream.update(step, gradients.parts(replayed, strategy), gradients.leaves(replayed))
+        parts = gradients.parts(replayed, strategy)
         if step == steps.start or step % BLOCK_STEPS == 0:
-            gap = max(gap, gradients.gap(replayed, strategy))
+            parts = gradients.compared(parts, replayed, apart)
+        stream.update(step, parts, gradients.leaves(replayed))
         size = len(replayed.ids)
         occurrences.append(step * size + np.flatnonzero(replayed.ids >= 0))
         deviation, closed = replayed.deviation, replayed.closed
-        progress(1)
+        bar.advance()
+    bar.end()
     grade = Grade.BITWISE if closed == steps.stop else Grade.UNAUDITED
     return Reduced(
         tuple(stream.results()),
@@ -323,6 +357,22 @@ def reduce(
         np.concatenate(occurrences).astype(np.int64),
         Grade.NUMERIC if deviation else grade,
         gradients.strategies(strategy),
-        gap,
+        max(_gap(*pair) for pair in apart),
         deviation,
     )
+
+
+class _Paced:
+    """Reports steps a few times a second: a progress bar takes longer than a short step."""
+
+    def __init__(self, report: Callable[[int], None]):
+        self._report, self._steps, self._last = report, 0, time.monotonic()
+
+    def advance(self) -> None:
+        self._steps += 1
+        if time.monotonic() - self._last > 0.1:
+            self.end()
+
+    def end(self) -> None:
+        self._report(self._steps)
+        self._steps, self._last = 0, time.monotonic()

@@ -548,3 +548,21 @@ def test_a_direction_of_another_structure_is_refused():
 def test_the_factors_are_those_of_the_two_kinds():
     assert Outer._fields == ("left", "right")
     assert Rows._fields == ("index", "right")
+
+
+def test_a_chain_of_sums_has_one_perturbation():
+    def both(params, x):
+        return jnp.tanh(x @ params["w"] + params["b"] + x @ params["v"]).sum()
+
+    def twice(params, x):  # the cotangent of the product is not that of the sum alone
+        product = x @ params["w"]
+        return (jnp.tanh(product + params["b"]) * product).sum()
+
+    params = {"w": normal(3, 2), "b": normal(2, seed=2), "v": normal(3, 2, seed=3)}
+    x = normal(4, 3, seed=4)
+    for function, count in ((both, 1), (twice, 2)):
+        assert len(tap(function, params, x[0]).perturbed) == count
+        grads = jax.vmap(jax.grad(function), (None, 0))(params, x)
+        found = replay.per_sample(lambda p, x, key, f=function: f(p, x), strategy="factored")
+        for a, b in zip(*map(jax.tree.leaves, (found.grads(params, x), grads)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -338,6 +338,20 @@ def test_a_run_answers_for_the_gradients_of_its_samples(run, walked, strategy):
         assert set(found.strategies.values()) == {strategy}
 
 
+def test_the_gap_tells_of_another_gradient(run, monkeypatch):
+    steps = run._replayer.steps
+
+    def doubled(*arguments, **options):
+        for replayed in steps(*arguments, **options):
+            executed = replayed.executed
+            executed = executed._replace(grads=[2 * grad for grad in executed.grads])
+            yield replayed._replace(executed=executed)
+
+    monkeypatch.setattr(run._replayer, "steps", doubled)
+    found = run.reduce(Norm(), steps=slice(5, 7), strategy="factored")
+    assert abs(found.gap - 0.5) < 1e-6
+
+
 def test_a_range_of_steps_is_answered_alone(run, walked):
     _, grads = walked
     found = run.reduce(Max(), steps=slice(5, 7))

@@ -82,43 +82,45 @@ def convolution(settings, shapes):
     kernel = tuple(shapes[1][axis] for axis in numbers.rhs_spec)  # out, in, spatial
     window = kernel[2:]
     outs, ins = kernel[0] // groups, kernel[1]
-    spatial = range(2, 2 + len(window))
 
     def factor(weights, operands, cotangents):
-        patches = _patches(operands[0].transpose(numbers.lhs_spec), window, settings)
-        right = cotangents[0].transpose(numbers.out_spec)  # [batch, out, spatial]
-        left = patches.transpose(1, 0, *spatial).reshape(groups, ins * math.prod(window), -1)
-        right = right.transpose(1, 0, *spatial).reshape(groups, outs, -1)
-        return Outer(left.transpose(0, 2, 1), right.transpose(0, 2, 1))
+        left = _patches(_grouped(operands[0], numbers.lhs_spec, groups), window, settings)
+        right = _grouped(cotangents[0], numbers.out_spec, groups)
+        return Outer(*(x.reshape(groups, -1, x.shape[-1]) for x in (left, right)))
 
-    split = (groups, ins, *window, outs)  # of [group, in * window, out]
-    outs_first = (0, len(split) - 1, *range(1, len(split) - 1))
+    split = (groups, *window, ins, outs)  # of [group, window * in, out]
+    last = len(split) - 1
+    outs_first = (0, last, last - 1, *range(1, last - 1))
     moves = (("reshape", split), ("transpose", outs_first), ("reshape", kernel))
     return factor, (*moves, ("transpose", _inverse(numbers.rhs_spec)))
 
 
-def _patches(image, window, settings):
-    """Return what each element of an output sees, `[batch, in * window, spatial]`.
+def _grouped(image, spec, groups):
+    """Return an image as `[group, batch, *spatial, channels of the group]`."""
+    image = image.transpose(spec[0], *spec[2:], spec[1])
+    return jnp.moveaxis(image.reshape(*image.shape[:-1], groups, -1), -2, 0)
 
-    As `lax.conv_general_dilated_patches`, which multiplies by ones and zeros: that is slower on
-    CPU, and makes NaN of what stands beside an infinity.
+
+def _patches(image, window, settings):
+    """Return what each element of an output sees, `[group, batch, *spatial, window * channels]`.
+
+    One axis of the window after the other, each put together along the channels, which lie next to
+    each other in memory: on CPU a tenth of the time of all offsets at once. Not by
+    `lax.conv_general_dilated_patches`, which multiplies by ones and zeros: that is slower still,
+    and makes NaN of what stands beside an infinity.
     """
     strides, dilation = settings["window_strides"], settings["rhs_dilation"]
     edges = zip(settings["padding"], settings["lhs_dilation"], strict=True)
-    blank = jnp.zeros((), image.dtype)
     interior = [(low, high, between - 1) for (low, high), between in edges]
-    image = lax.pad(image, blank, [(0, 0, 0), (0, 0, 0), *interior])
-    reach = [(w - 1) * d for w, d in zip(window, dilation, strict=True)]
-    sizes = image.shape[2:]
-    outs = [(n - r - 1) // s + 1 for n, r, s in zip(sizes, reach, strides, strict=True)]
-    seen = []
-    for offset in np.ndindex(*window):
-        first = [o * d for o, d in zip(offset, dilation, strict=True)]
-        last = [f + (n - 1) * s + 1 for f, n, s in zip(first, outs, strides, strict=True)]
-        start, stop = [0, 0, *first], [*image.shape[:2], *last]
-        seen.append(lax.slice(image, start, stop, [1, 1, *strides]))
-    patches = jnp.stack(seen, axis=2)
-    return patches.reshape(image.shape[0], -1, *outs)
+    none = (0, 0, 0)
+    image = lax.pad(image, jnp.zeros((), image.dtype), [none, none, *interior, none])
+    for axis in reversed(range(len(window))):
+        stride, step, place = strides[axis], dilation[axis], axis + 2
+        count = (image.shape[place] - (window[axis] - 1) * step - 1) // stride + 1
+        ends = [(n * step, n * step + (count - 1) * stride + 1) for n in range(window[axis])]
+        seen = [lax.slice_in_dim(image, *both, stride, place) for both in ends]
+        image = jnp.concatenate(seen, axis=-1)
+    return image
 
 
 def embedding(settings, shapes):

@@ -1,5 +1,6 @@
 """Per-sample gradients of any JAX loss, asked for by what is wanted of them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -270,10 +271,8 @@ class PerSample:
                 def along(number):
                     parts = []
                     for leaf, mine in zip(group.tensors, gradients, strict=True):
-                        sign = jax.random.fold_in(jax.random.fold_in(key, leaf), number)
-                        parts.append(
-                            mine.dots(jax.random.rademacher(sign, mine.form.shape, mine.form.wide))
-                        )
+                        own = jax.random.fold_in(jax.random.fold_in(key, leaf), number)
+                        parts.append(mine.dots(_signs(own, mine.form.shape, mine.form.wide)))
                     return sum(parts)
 
                 return None, lax.map(along, jnp.arange(dimension, dtype=jnp.uint32)).T
@@ -610,6 +609,14 @@ class BatchStream:
             (groups, [jax.jit(group.produce) for group in groups], chosen)
             for groups, chosen in by_strategy.values()
         ]
+
+
+def _signs(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return random signs, each from one bit: `jax.random.rademacher` takes 32 for each."""
+    size = math.prod(shape)
+    words = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32)
+    bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+    return (1 - 2 * bits.astype(dtype)).reshape(-1)[:size].reshape(shape)
 
 
 def _name(question: Reduction) -> str:

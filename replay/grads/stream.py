@@ -199,7 +199,9 @@ def _own_look(reduction: Column, gradients: Callable, number: int) -> Callable[.
 
 @functools.cache
 def _init(reduction: Any, layout: tuple[int, ...], dtype: str) -> Callable[[], Any]:
-    return jax.jit(lambda: reduction.init(layout, dtype))
+    # Committed to a device, as what a step returns: `jit` compiles that step once.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.jit(lambda: reduction.init(layout, dtype), out_shardings=here)
 
 
 @functools.cache

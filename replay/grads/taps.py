@@ -11,6 +11,7 @@ Known to be imperfect: what is under `jax.checkpoint` is stored, not recomputed;
 has its own derivative rule (`custom_jvp`, `custom_vjp`) is one meeting as a whole.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -211,13 +212,31 @@ class _Tapper:
         def read(atom):
             return atom.val if isinstance(atom, core.Literal) else known[atom]
 
+        ends, blanks = _ends(jaxpr), {}
+
+        def place(variable):
+            """Return which perturbation has the cotangent of a variable."""
+            end = ends.get(variable, variable)
+            if end not in blanks:
+                aval = _aval(end)
+                blanks[end] = self._blank(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+            return blanks[end][1]
+
         for equation, alive in zip(jaxpr.eqns, _alive(jaxpr, live), strict=True):
-            results = self._equation(equation, [read(atom) for atom in equation.invars], alive)
-            known.update(zip(equation.outvars, results, strict=True))
+            values = [read(atom) for atom in equation.invars]
+            results = self._equation(equation, values, alive, place)
+            for variable, result in zip(equation.outvars, results, strict=True):
+                if variable in blanks and self._given is not None:
+                    result = _Data(_plain(result) + blanks[variable][0])
+                known[variable] = result
         return [read(atom) for atom in jaxpr.outvars]
 
     def _equation(
-        self, equation: core.JaxprEqn, values: list[Any], live: Sequence[bool]
+        self,
+        equation: core.JaxprEqn,
+        values: list[Any],
+        live: Sequence[bool],
+        place: Callable[[core.Var], int],
     ) -> list[Any]:
         name = equation.primitive.name
         weights = any(isinstance(value, Weight) for value in values)
@@ -239,15 +258,18 @@ class _Tapper:
             return self._scan(equation, values, live)
         if name == "cond":
             return self._cond(equation, values, live)
-        return self._meet(equation, values, live)
+        return self._meet(equation, values, live, place)
 
-    def _meet(self, equation: core.JaxprEqn, values: list[Any], live: Sequence[bool]) -> list[Any]:
+    def _meet(
+        self,
+        equation: core.JaxprEqn,
+        values: list[Any],
+        live: Sequence[bool],
+        place: Callable[[core.Var], int],
+    ) -> list[Any]:
         """Evaluate an equation between parameters and data, and tap it."""
-        outputs, places = _bind(equation, [_plain(value) for value in values]), []
-        for number, alive in enumerate(live):
-            if alive:
-                outputs[number], place = self._perturb(outputs[number])
-                places.append(place)
+        outputs = _bind(equation, [_plain(value) for value in values])
+        places = [place(out) for out, alive in zip(equation.outvars, live, strict=True) if alive]
         kept = tuple(self._keep(value.value) for value in values if isinstance(value, _Data))
         for number, value in enumerate(values):
             if isinstance(value, Weight) and value.leaves:
@@ -418,6 +440,27 @@ def _alive(jaxpr: core.Jaxpr, live: Sequence[bool]) -> list[list[bool]]:
         if any(mark) and equation.primitive.name != "stop_gradient":
             used.update(v for v in equation.invars if not isinstance(v, core.Literal))
     return marks[::-1]
+
+
+def _ends(jaxpr: core.Jaxpr) -> dict[Any, Any]:
+    """Return where the cotangent of a value is met again: at the end of a chain of sums.
+
+    A value that is used once, in a sum of its own shape, has the cotangent of that sum. So one
+    perturbation does for a product, the bias added to it, and another product added to both.
+    """
+    variables = [v for equation in jaxpr.eqns for v in equation.invars] + list(jaxpr.outvars)
+    uses = collections.Counter(v for v in variables if not isinstance(v, core.Literal))
+    ends: dict[Any, Any] = {}
+    for equation in reversed(jaxpr.eqns):
+        if equation.primitive.name != "add":
+            continue
+        (out,) = equation.outvars
+        form = _aval(out).shape, _aval(out).dtype
+        for v in equation.invars:
+            same = (_aval(v).shape, _aval(v).dtype) == form
+            if same and not isinstance(v, core.Literal) and uses[v] == 1:
+                ends[v] = ends.get(out, out)
+    return ends
 
 
 def _counter(body, into, out, start, length) -> np.ndarray | None:

@@ -18,6 +18,7 @@ from tiny import bits, compile_once  # noqa: F401  # the fixture is there for wh
 import replay
 from replay.journal import Durable, frame, frames
 from replay.log import HEADER, JOURNAL, Log
+from replay.program import Inputs
 from replay.store import Place, StoredArray, rows
 from replay.trajectory import LocalEngine
 
@@ -348,6 +349,38 @@ def nudge(monkeypatch, step, leaf, index, change=lambda x: np.nextafter(x, np.fl
     monkeypatch.setattr(LocalEngine, "advance", nudged)
 
 
+@jax.jit
+def _one_step(state, step, ids, batch):
+    inputs = Inputs.fold(tiny.KEY, step, ids, jnp.ones(tiny.BATCH), batch)
+    losses, _, grads, carry = tiny.PROGRAM.gradient(state, inputs)
+    return losses, tiny.PROGRAM.update(state, carry, grads, losses)
+
+
+def heals(run, step, leaf, index):
+    """Whether rounding undoes a nudge before a loss or a stored state shows it: a loop tells.
+
+    That is a matter of the processor, whose vectors decide in which order products are added.
+    """
+
+    def walk(state):
+        seen = []
+        for t in range(step + 1, step // tiny.EVERY * tiny.EVERY + tiny.EVERY):
+            ids = np.asarray(run.ids(t, t + 1)[0])
+            batch = {name: x[ids] for name, x in tiny.DATA.items()}
+            losses, state = _one_step(state, np.uint32(t), ids, batch)
+            seen.append(np.asarray(losses).tobytes())
+        return seen, bits(state)
+
+    whole = run.state(step + 1)
+    leaves, tree = jax.tree.flatten(whole)
+    changed = [np.array(x) for x in leaves]
+    flat = changed[leaf].reshape(-1)
+    flat[index] = np.nextafter(flat[index], np.float32(np.inf))
+    known = walk(whole)
+    assert known[1] == bits(run.state((step // tiny.EVERY + 1) * tiny.EVERY))
+    return walk(jax.tree.unflatten(tree, changed)) == known
+
+
 PATHS = ["params/hidden", "params/out", "opt_state/0/trace/hidden", "opt_state/0/trace/out"]
 
 
@@ -358,7 +391,9 @@ PATHS = ["params/hidden", "params/out", "opt_state/0/trace/hidden", "opt_state/0
 def test_one_unit_in_the_last_place_is_found_and_lies_in_the_interval(
     intact, tmp_path, monkeypatch, step, leaf, index
 ):
-    run = replay.open(intact.copy(tmp_path))
+    run = replay.open(intact.copy(tmp_path), program=tiny.PROGRAM)
+    while heals(run, step, leaf, index):
+        index += 1  # the next weight; the leaf would be at its end before all of them heal
     nudge(monkeypatch, step, leaf, index)
     audit = run.verify()
     assert audit.grade is replay.Grade.NUMERIC
@@ -379,15 +414,19 @@ def test_one_unit_in_the_last_place_is_found_and_lies_in_the_interval(
 
 
 def test_a_digest_at_every_step_finds_even_what_rounding_heals(intact, tmp_path, monkeypatch):
-    """A step later these two are gone again: no loss and no stored state has ever shown them."""
+    """A step later these are gone again: no loss and no stored state has ever shown them."""
     with tiny.recorder(tmp_path / "each", commit_steps=1) as recorder:
         while recorder.advance(1):
             pass
-    rare, each = replay.open(intact.copy(tmp_path / "rare")), replay.open(tmp_path / "each")
+    rare = replay.open(intact.copy(tmp_path / "rare"), program=tiny.PROGRAM)
+    each = replay.open(tmp_path / "each")
     assert set(each.log.durable.digests) == set(range(25))
-    for step, leaf, index in [(11, 0, 14), (11, 3, 2)]:
+    elements = [(leaf, i) for leaf, size in enumerate((15, 5, 15, 5)) for i in range(size)]
+    healing = [place for place in elements if heals(rare, 11, *place)]
+    assert healing
+    for leaf, index in healing[:2]:
         with monkeypatch.context() as patch:
-            nudge(patch, step, leaf, index)
+            nudge(patch, 11, leaf, index)
             assert rare.verify().grade is replay.Grade.BITWISE
             [segment] = [s for s in each.verify().segments if s.grade is not replay.Grade.BITWISE]
             found = (segment.start, segment.divergence.after, segment.divergence.before)

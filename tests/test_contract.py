@@ -332,7 +332,7 @@ print(json.dumps([[bits(s) for _, s in replay.open(p).states(slice(None))] for p
     ("model", "dispatch"),
     [
         pair
-        if pair in (("convolution", "step"), ("memory", "block"), ("loss_scaling", "step"))
+        if pair in (("memory", "block"), ("loss_scaling", "step"))
         else pytest.param(*pair, marks=pytest.mark.full)
         for pair in itertools.product(MODELS, ("step", "block"))
     ],

@@ -133,6 +133,7 @@ def test_gradients_of_every_form_are_multiplied(strategy, tmp_path):
     check(own, np.diag(truth), np.diag(lengths))
 
 
+@pytest.mark.full
 def test_a_loss_of_a_whole_batch_is_one_of_each_sample_in_its_batch(tmp_path):
     case = Case("convolution", "adamw")
     run, program = recorded(case, tmp_path / "run"), case.program()

@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3
 	&& echo $$python && break; done)
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 SOURCES := replay kernels experiments tests
 # pyright would announce its newer versions, but the version is pinned in pyproject.toml.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
@@ -16,7 +16,7 @@ WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); \
 	echo $$((n < 4 ? n + 1 : 4)))
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all suite lint bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -24,7 +24,11 @@ help:  ## list the targets
 demo: $(VENV)/.installed  ## record a small run, ask it questions, draw the answers
 	@$(BIN)/replay demo
 
-test: lint  ## lint, type-check, and run every test that takes seconds
+# pyright keeps one core busy for as long as the first tests take: side by side they cost less.
+test: $(VENV)/.installed  ## lint, type-check, and run every test that takes seconds
+	@$(MAKE) --no-print-directory -j 2 lint suite
+
+suite: $(VENV)/.installed
 	@$(PYTEST)
 
 test-all: $(VENV)/.installed  ## run every test, the complete matrices included
@@ -48,4 +52,5 @@ $(VENV)/.installed: pyproject.toml
 	@echo "setting up $(VENV) (once, about a minute)"
 	@"$(PYTHON)" -m venv $(VENV)
 	@$(PIP) --editable '.[all,test]'
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # pip would do so on one core
 	@touch $@

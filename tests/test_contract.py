@@ -134,25 +134,24 @@ def weights_of(case, ids):
     return np.where(ids < 0, 0, factors).astype(np.float32)
 
 
+@functools.cache
+def compiled(case):
+    """Return `init(key)` and `advance(state, inputs, step)` of a program of its own."""
+    program = case.program()
+    return jax.jit(program.init), {"step": by_step, "block": by_block}[case.dispatch](program)
+
+
 def reference(case, masked=None):
     """Train without a recorder; a masked sample counts for nothing from a step on."""
-    program, ids, run_key = case.program(), ids_of(case), jax.random.key(SEED)
+    init, advance = compiled(case)
+    ids, run_key = ids_of(case), jax.random.key(SEED)
     weights = weights_of(case, ids)
     if masked is not None:
         sample, start = masked
         weights[start:][ids[start:] == sample] = 0
     batches = {name: rows[np.maximum(ids, 0)] for name, rows in case.data.items()}
-
-    @jax.jit
-    def staged(steps, ids, weights, batches):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(run_key, steps)
-        fold_each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
-        sample_keys = fold_each(keys, ids.astype(jnp.uint32))
-        return replay.Inputs(steps, ids, weights, batches, keys, sample_keys)
-
-    inputs = staged(np.arange(STEPS, dtype=np.uint32), ids, weights, batches)
-    state = jax.jit(program.init)(jax.random.fold_in(run_key, np.uint32(2**32 - 1)))
-    advance = {"step": by_step, "block": by_block}[case.dispatch](program)
+    inputs = staged(run_key, np.arange(STEPS, dtype=np.uint32), ids, weights, batches)
+    state = init(jax.random.fold_in(run_key, np.uint32(2**32 - 1)))
     states, losses, aux, grads = [bits(state)], [], [], []
     for step in range(STEPS):
         state, *computed = advance(state, inputs, np.int32(step))
@@ -161,6 +160,14 @@ def reference(case, masked=None):
         aux.append(jax.device_get(computed[1]))
         grads.append(bits(computed[2]))
     return Reference(states, np.stack(losses), aux, grads)
+
+
+@jax.jit
+def staged(run_key, steps, ids, weights, batches):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(run_key, steps)
+    fold_each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
+    sample_keys = fold_each(keys, ids.astype(jnp.uint32))
+    return replay.Inputs(steps, ids, weights, batches, keys, sample_keys)
 
 
 @jax.jit

@@ -5,6 +5,7 @@ gradients, losses, per-sample gradients and the shares of updates as arrays, and
 """
 
 import concurrent.futures
+import functools
 import inspect
 import itertools
 import json
@@ -102,20 +103,10 @@ def flat(tree):
     return np.concatenate([np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(tree)])
 
 
-def truth(init, losses_of, optimizer, data, ids, key, *, everywhere=False) -> Truth:
-    """Train.
-
-    Args:
-        init: `init(key) -> params, model_state`.
-        losses_of: `losses_of(params, model_state, batch, key, sample_keys) -> losses, model_state`.
-        optimizer: of optax.
-        data: dict of arrays.
-        ids: `[steps, batch]`, -1 for padding.
-        key: of the run.
-        everywhere: whether to look at all samples at all states.
-    """
+@functools.cache
+def loop(losses_of, optimizer, size):
+    """Return a step, what is looked at beside it, and losses at a state; compiled once for all."""
     optimizer = optax.with_extra_args_support(optimizer)
-    size = ids.shape[1]
 
     def forward(params, model_state, batch, key, ids):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids.astype(jnp.uint32))
@@ -152,6 +143,23 @@ def truth(init, losses_of, optimizer, data, ids, key, *, everywhere=False) -> Tr
     def losses_at(params, model_state, batch, run_key, t, ids):
         return forward(params, model_state, batch, jax.random.fold_in(run_key, t), ids)[0]
 
+    return step, looked_at, losses_at
+
+
+def truth(init, losses_of, optimizer, data, ids, key, *, everywhere=False) -> Truth:
+    """Train.
+
+    Args:
+        init: `init(key) -> params, model_state`.
+        losses_of: `losses_of(params, model_state, batch, key, sample_keys) -> losses, model_state`.
+        optimizer: of optax.
+        data: dict of arrays.
+        ids: `[steps, batch]`, -1 for padding.
+        key: of the run.
+        everywhere: whether to look at all samples at all states.
+    """
+    size = ids.shape[1]
+    step, looked_at, losses_at = loop(losses_of, optimizer, size)
     params, model_state = jax.jit(init)(jax.random.fold_in(key, np.uint32(2**32 - 1)))
     opt_state = jax.jit(optimizer.init)(params)
     sizes = {
@@ -203,6 +211,7 @@ def truth(init, losses_of, optimizer, data, ids, key, *, everywhere=False) -> Tr
     return Truth(sizes, ids, **arrays)  # type: ignore[arg-type]
 
 
+@functools.cache
 def separate(loss):
     """Give a loss of one sample the form that the oracle takes."""
 
@@ -279,8 +288,11 @@ class Recorded(NamedTuple):
         return repr(self.run)
 
 
+MOMENTUM = optax.sgd(0.05, momentum=0.9)
+
+
 def tiny_truth(order=tiny.ORDER, *, loss=tiny.loss, optimizer=None, data=tiny.DATA, **options):
-    optimizer = optimizer or optax.sgd(0.05, momentum=0.9)
+    optimizer = optimizer or MOMENTUM
     ids = order.bind(len(data["y"]))[:]
     weights = jax.tree.map(jnp.asarray, tiny.WEIGHTS)
     return truth(
@@ -600,7 +612,7 @@ def looked_into(path):
         replay.compare(run, run, states=[3]).distances,
     ]
     found = [x.values.tobytes().hex() for each in answers for x in each.data_vars.values()]
-    norms = run.reduce(replay.reductions.Norm()).answers[0]
+    norms = run.reduce(replay.reductions.Norm(), strategy="factored").answers[0]
     return found + [np.asarray(x).tobytes().hex() for x in jax.tree.leaves(norms)]
 
 

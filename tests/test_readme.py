@@ -25,8 +25,20 @@ def test_there_is_a_program_for_each_kind_of_script():
     assert [[word in program for program in PROGRAMS].index(True) for word in words] == [0, 1, 2, 3]
 
 
-def test_the_first_program_prints_what_the_readme_shows(tmp_path):
-    printed = run(PROGRAMS[0], tmp_path).splitlines()
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """Return what the programs print about the run of the first, one after the other; and where."""
+    directory = tmp_path_factory.mktemp("read")
+    parts = {"first": (0,), "asked": (6,), "questions": (7, 8), "index": (9,), "forks": (10, 11)}
+    program = ""
+    for name, numbers in parts.items():
+        program += f"print('PART {name}')\n" + "".join(PROGRAMS[number] for number in numbers)
+    _, *printed = re.split(r"^PART \w+\n", run(program, directory), flags=re.MULTILINE)
+    return dict(zip(parts, printed, strict=True)), directory
+
+
+def test_the_first_program_prints_what_the_readme_shows(told):
+    printed = told[0]["first"].splitlines()
     shown = re.search(r"```text\n(.*?)```", README.read_text(), flags=re.DOTALL).group(1)
     first, grade, audit, *_ = shown.splitlines()
     assert printed[0] == first
@@ -43,15 +55,15 @@ def test_per_sample_gradients_are_explained(tmp_path):
     assert "(5, 64, 10)" in printed
 
 
-def test_a_recorded_run_is_asked_about_the_samples_it_has_seen(tmp_path):
-    *_, samples, grade = run(PROGRAMS[0] + PROGRAMS[6], tmp_path).splitlines()
+def test_a_recorded_run_is_asked_about_the_samples_it_has_seen(told):
+    samples, grade = told[0]["asked"].splitlines()
     assert re.fullmatch(r"\[ *\d+ +\d+ +\d+\]", samples)
     assert grade.startswith("BITWISE ")
     assert float(grade.split()[1]) < 1e-5
 
 
-def test_the_five_questions_are_answered(tmp_path):
-    printed = run(PROGRAMS[0] + PROGRAMS[7] + PROGRAMS[8], tmp_path)
+def test_the_five_questions_are_answered(told):
+    printed = told[0]["questions"]
     assert re.search(r"replay up to \d+ steps of runs/softmax", printed)
     assert "'occurrence': 64" in printed
     assert len(re.findall(r"^\d +\d +\d\.\d+ +\d+ +w$", printed, flags=re.MULTILINE)) == 5
@@ -59,18 +71,17 @@ def test_the_five_questions_are_answered(tmp_path):
     assert len(in_sql) == 3 and "3 rows; BITWISE" in printed
 
 
-def test_an_index_spares_replays(tmp_path):
-    printed = run(PROGRAMS[0] + PROGRAMS[9], tmp_path)
+def test_an_index_spares_replays(told):
+    printed = told[0]["index"]
     assert re.search(r"\d+ segments skipped by path of each weight: states 0 to", printed)
     assert printed.endswith("\n0 steps replayed\n")
 
 
-def test_forks_are_compared_and_counterfactuals_run(tmp_path):
+def test_forks_are_compared_and_counterfactuals_run(told):
     shown = re.findall(r"```text\n(.*?)```", README.read_text(), flags=re.DOTALL)[-1]
-    printed = run(PROGRAMS[0] + "print('FORKS')" + "\n" + PROGRAMS[10] + PROGRAMS[11], tmp_path)
-    lines = printed.partition("FORKS\n")[2].splitlines()
+    lines = told[0]["forks"].splitlines()
     assert lines[:2] == shown.splitlines()[:2]
-    assert (tmp_path / "compared.png").exists()
+    assert (told[1] / "compared.png").exists()
     assert any("without" in line for line in lines[4:])
 
 

@@ -3,6 +3,7 @@
 import functools
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, NamedTuple
@@ -256,7 +257,12 @@ class Asking:
                 answers = execution.answer(nodes, distribute)
             if executor is None and execution.steps:
                 taken = time.perf_counter() - begun - compiling.seconds
-                self._remember(nodes, asked, execution.steps, taken)
+                try:
+                    self._remember(nodes, asked, execution.steps, taken)
+                except Exception as error:  # an answer is there: no prediction may lose it
+                    warnings.warn(
+                        f"what this question took is not remembered: {error!r}", stacklevel=2
+                    )
         return [
             self._result(node, answer, execution)
             for node, answer in zip(nodes, answers, strict=True)
@@ -286,7 +292,7 @@ class Asking:
             calibrate: measure the prices of this machine first, once for all later processes; it
                 takes about half a minute.
         """
-        if calibrate:
+        if calibrate and not prices.prices()[1]:
             prices.calibrate()
         nodes = [planning.canonical(expression.plan) for expression in expressions]
         asked = {

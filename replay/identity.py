@@ -176,13 +176,18 @@ def setting(name: str) -> Any:
     return getattr(jax.config, name)
 
 
+def settings() -> dict[str, Any]:
+    """Return all settings of this thread that decide what tracing makes of a function."""
+    return {name: setting(f"jax_{name}") for name in _OF_A_THREAD}
+
+
 def settings_here() -> Callable[[], contextlib.AbstractContextManager]:
     """Return what gives another thread the settings that hold in this one.
 
     A `with jax.enable_x64(True)` holds for one thread only: what reads data or traces a program
     beside the training has to see the same numbers.
     """
-    values = {name: setting(f"jax_{name}") for name in _OF_A_THREAD}
+    values = settings()
 
     @contextlib.contextmanager
     def given() -> Iterator[None]:

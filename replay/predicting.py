@@ -8,6 +8,7 @@ question is taken for new.
 """
 
 import math
+import threading
 import time
 from collections.abc import Container, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -249,14 +250,10 @@ class _Walk:
         self._loads.add(("result", kind), "eager", 4, 0)
 
     def _forms(self, together: int) -> float:
-        """Return how many executables fold steps together: one for each number of them.
-
-        And one more, as the first call is given a state that another executable has made.
-        """
+        """Return how many executables fold steps together: one for each number of them."""
         if together == 1:
-            return ONE_STEP * (1 + (len(self._steps) > 1))
-        counts = np.unique(np.unique(self._steps // together, return_counts=True)[1])
-        return float(len(counts)) + (len(self._steps) > together)
+            return ONE_STEP
+        return float(len(np.unique(np.unique(self._steps // together, return_counts=True)[1])))
 
     def _sampled(self, root: Reduce, blocks: int) -> None:
         rule = rule_of(root)
@@ -271,7 +268,7 @@ class _Walk:
             elif name == "Histogram":
                 kind = "hist within"
             elif name == "TopK":
-                whole, kind = whole * reduction.k / RANKS, "ranked"
+                whole *= reduction.k / RANKS
                 kind = "ranked" if reduction.plain else "inserted"
             key = ("sampled", reduction, part.shape, factored)
             self._loads.add(key, kind, self._looked, whole)
@@ -513,10 +510,11 @@ def seconds(
 
 
 class Compiling:
-    """Measures the seconds that this process compiles, those of tracing included."""
+    """Measures the seconds that this thread compiles, those of tracing included."""
 
     def __init__(self):
         self._spans: list[tuple[float, float]] = []
+        self._thread = threading.get_ident()
 
     def __enter__(self) -> "Compiling":
         jax.monitoring.register_event_duration_secs_listener(self._heard)
@@ -526,7 +524,8 @@ class Compiling:
         jax.monitoring.unregister_event_duration_listener(self._heard)
 
     def _heard(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
+        mine = threading.get_ident() == self._thread  # listeners hear all threads
+        if mine and event.startswith("/jax/core/compile/"):
             now = time.perf_counter()
             self._spans.append((now - duration_secs, now))
 

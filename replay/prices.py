@@ -73,7 +73,7 @@ PRICES = {
     "operation": Price(0.1e-6, 0.0, 0.002),
 }
 
-_NUMBER = re.compile(r"tensor<([0-9x]*)x?[a-z][a-z0-9]*>")
+_NUMBER = re.compile(r"tensor<((?:\d+x)*)[A-Za-z]")
 _CONTRACTED = re.compile(r"contracting_dims = \[([\d, ]*)\] x")
 _FEATURE = re.compile(r"->\[([^\]]*)\]")
 _LARGE = re.compile(r"stablehlo\.(convolution|reduce_window|select_and_scatter|sort|scatter)\b")
@@ -99,7 +99,7 @@ def prices() -> tuple[dict[str, Price], bool]:
 def calibrate() -> dict[str, Price]:
     """Measure what this machine takes for each kind of work, and remember it.
 
-    It takes some seconds and is done once: later processes know it, too. Questions tell by
+    It takes about half a minute and is done once: later processes know it, too. Questions tell by
     `explain()` what they would take, and whether that stands on such measurements.
 
     Returns:

@@ -152,7 +152,7 @@ def stepper(node: Reduce, shape: Shape) -> tuple[Callable, Callable, Callable]:
     return _stepper(kind_of(node), fused(ranked(node))[1], shape)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=4096)
 def _stepper(
     kind: Kind, formula: Formula | Given, shape: Shape
 ) -> tuple[Callable, Callable, Callable]:
@@ -211,14 +211,14 @@ def _stepper(
     return begin, jax.jit(step, donate_argnums=0), jax.jit(many, donate_argnums=0)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=4096)
 def _once(kind: Kind, formula: Formula | Given, shape: Shape) -> Callable[..., Any]:
     """Return `state(arrays, step, valid, groups)` of a reduction that begins and ends with it."""
     init, step, _ = _stepper(kind, formula, shape)
     return jax.jit(lambda arrays, *more: step(init(arrays), arrays, *more))
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=4096)
 def _reader(kind: Kind, result_dims: tuple[str, ...], dtype: Any) -> Callable[..., Any]:
     """Return what turns the states of all parts into arrays, on the device."""
 
@@ -254,7 +254,7 @@ def merger(node: Reduce, dtype: str) -> Callable[[list[Any], list[Any]], list[An
     return _merger(kind_of(node), dtype)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=4096)
 def _merger(kind: Kind, dtype: str) -> Callable[[list[Any], list[Any]], list[Any]]:
     tree = jax.tree.structure(_blank(kind, dtype))
     merge = kind.of(jnp.dtype(dtype)).merge

@@ -363,7 +363,7 @@ def _places(node: Reduce, value: Any, batch: int, samples_at: Any) -> dict[str, 
         found["sample"] = _Looked(place, batch, samples_at)
         entries = sum(np.size(x) for x in value.fields["step"])
         first, last = (int(steps[0]), int(steps[-1]) + 1) if len(steps) else (0, 0)
-        if LATE <= entries and (last - first) * batch <= entries:
+        if len(steps) and LATE <= entries and (last - first) * batch <= entries:
             # All ids that may stand there are read at once: fewer than the entries are.
             table = samples_at(np.arange(first * batch, last * batch))
             found["sample"] = _Sample(place, batch, first, table)

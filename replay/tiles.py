@@ -20,7 +20,7 @@ import numpy as np
 from replay import plan as planning
 from replay.frames import FEW_WEIGHTS, Frame, Observers
 from replay.grads.sources import chunks, gradients_of
-from replay.query.nodes import WALKED, Map, Node, Part, Pick, Reduce, Scan, narrow
+from replay.query.nodes import WALKED, Map, Node, Part, Pick, Reduce, Rename, Scan, Take, narrow
 from replay.values import Value
 
 # Functions of elements whose result IEEE 754 fixes.
@@ -216,7 +216,7 @@ def _some(x: Any, part: Part, piece: Part, axis: int) -> Any:
 def multiplied_out(node: Node) -> int:
     """Return how many weights of one tensor have their gradients of samples multiplied out.
 
-    None where factors answer for them, in norms and sums.
+    0 where factors answer for them, in norms and sums.
     """
     if isinstance(node, Reduce) and planning.of_samples(node.child) is not None:
         if node.over == ("weight",) and node.how in ("norm", "sum"):
@@ -227,6 +227,18 @@ def multiplied_out(node: Node) -> int:
         known = node.quantity in ("sample_grads", "sample_updates")
         return max((part.size for part in node.tensors), default=0) if known else 0
     return max(map(multiplied_out, node.children), default=0)
+
+
+def dotted(node: Node) -> bool:
+    """Whether so few weights of a sample's gradient are chosen that they are summed by themselves.
+
+    They have other bits than where the whole tensor is multiplied out.
+    """
+    return any(
+        scan.quantity in ("sample_grads", "sample_updates")
+        and any(x.indices is not None and len(x.indices) <= FEW_WEIGHTS for x in scan.tensors)
+        for scan in node.scans()
+    )
 
 
 def count(node: Node, dim: str, *, batch: int, keys: int) -> int:
@@ -242,9 +254,15 @@ def count(node: Node, dim: str, *, batch: int, keys: int) -> int:
         return len(node.steps)
     if dim in ("position", "epoch", "window"):
         return batch if dim == "position" else keys
+    of = functools.partial(count, batch=batch, keys=keys)
+    if isinstance(node, Rename) and dim == node.new:
+        return of(node.child, node.old)
+    if isinstance(node, Take) and dim == "occurrence":
+        there = [of(node.child, x) for x in node.child.dims if x in ("step", "position")]
+        return math.prod(there) if node.count is None else min(node.count, math.prod(there))
     for child in node.children:
         if dim in child.dims:
-            return count(child, dim, batch=batch, keys=keys)
+            return of(child, dim)
     if isinstance(node, Scan):
         return node.samples
     assert isinstance(node, Reduce), node

@@ -13,7 +13,7 @@ from replay.artifact import KEY_IMPLEMENTATION, Signature, describe
 from replay.data import Data
 from replay.errors import IdentityError
 from replay.grads.archive import Tapped, tapped
-from replay.identity import environment, setting
+from replay.identity import environment, setting, settings
 from replay.log import Log
 from replay.program import Inputs, Program
 
@@ -76,9 +76,9 @@ def trace(
         anew: trace even what is kept, and keep nothing.
     """
     forms = [(jax.tree.structure(tree), describe(tree)) for tree in (state, _one_of(example))]
-    settings = (batch_size, block, repr(environment()))
+    key = (*forms, batch_size, block, repr((environment(), settings())))
     for more in () if anew else (True, observed):
-        if (found := program.kept.get((*forms, *settings, more))) is not None:
+        if (found := program.kept.get((*key, more))) is not None:
             return found
     more = _observers(program, state, example, batch_size) if observed else {}
     signature, exported = artifact.trace(
@@ -89,7 +89,7 @@ def trace(
         table[name]["table"] = observer.table
     found = Traced(signature, exported, files, table)
     if not anew:
-        program.kept[(*forms, *settings, observed)] = found
+        program.kept[(*key, observed)] = found
     return found
 
 
@@ -112,6 +112,7 @@ def check_program(program: Program, log: Log, data: Data) -> None:
         batch_size=header.signature.batch_size,
         block=header.signature.block,
         observed=False,
+        anew=True,  # what it computes now, not what it computed when it was recorded
     )
     what = _first_difference(signature, header.signature)
     for name in () if what else header.signature.programs:

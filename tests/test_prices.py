@@ -29,6 +29,13 @@ def test_a_product_of_batches_is_counted_for_each():
     assert counted(jnp.matmul, (4, 3, 5), (4, 5, 7)).products == 4 * 2 * 3 * 5 * 7
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.complex64, jnp.int32], ids=str)
+def test_a_product_of_any_dtype_is_counted(dtype):
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((3, 5), (5, 7))]
+    product = jax.jit(lambda a, b: jax.lax.dot(a, b))
+    assert prices.counts_of(product.lower(*shapes).as_text()).products == 2 * 3 * 5 * 7
+
+
 def test_a_convolution_is_counted_by_its_kernel_and_what_it_writes():
     dims = ("NHWC", "HWIO", "NHWC")
 

@@ -76,3 +76,8 @@ def test_ids_are_looked_up_for_the_entries_where_those_are_fewer(run, late):
     found = abs(run.sample_grads["out"]).top_k(2, SAMPLES).compute(cache=False)
     assert late == [found["out.sample"].size] == [10]
     assert not is_late(found.variables["out.sample"])
+
+
+def test_a_ranking_over_no_steps_is_nobodys(run, late):
+    none = run.sample_grads.sel(step=slice(2, 2)).top_k(2, SAMPLES).compute(cache=False)
+    assert (none["hidden.sample"].values == -1).all()

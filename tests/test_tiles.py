@@ -333,6 +333,17 @@ def test_a_tensor_that_is_a_scalar_has_the_gradients_of_chosen_samples(run):
 # ------------------------------------------------------------------------------------ the pieces
 
 
+def test_a_constant_with_a_renamed_dimension_is_counted(run):
+    largest = abs(run.weights.min("state").top_k(2, dim="weight").rename(rank="share"))
+    found = (run.grads - largest).max("step").compute()
+    each = run.grads.max("step").compute()["hidden/w"].values
+    best = abs(run.weights.min("state").top_k(2, dim="weight").compute()["value"].values)
+    assert found.sizes["share"] == 2
+    names = ("share", *(dim for dim in found["hidden/w"].dims if dim != "share"))
+    wanted = each[None] - best.reshape(2, *[1] * each.ndim)
+    np.testing.assert_allclose(found["hidden/w"].transpose(*names).values, wanted, rtol=1e-5)
+
+
 def test_tensors_part_into_pieces_that_cover_them():
     parts = [nodes.Part("a", (3, 5)), nodes.Part("b", ()), nodes.Part("c", (9,), (8, 2, 4)),
              nodes.Part("none", (0, 4))]  # fmt: skip

@@ -39,7 +39,7 @@ def test_a_program_is_traced_once_and_its_recordings_have_the_same_bits(tmp_path
     assert first.log.header.programs == second.log.header.programs
     assert tiny.bits(first.state(tiny.STEPS)) == tiny.bits(second.state(tiny.STEPS))
     replay.open(tmp_path / "first", program=program, data=tiny.DATA)
-    assert len(traces) == 1
+    assert len(traces) == 2, "what is compared is what the program computes now"
     assert replay.open(tmp_path / "second").verify().grade is replay.Grade.BITWISE
 
 
@@ -59,6 +59,33 @@ def test_other_forms_of_data_and_other_settings_are_traced_for_themselves(tmp_pa
     with jax.default_matmul_precision("highest"):
         tiny.record(tmp_path / "exact", program)
     assert len(traces) == 4
+
+
+def test_keys_of_another_kind_are_another_program(tmp_path):
+    def loss(params, example, key):
+        noise = jax.random.normal(jax.random.key(7), (3,))
+        return jnp.square((example["x"] + noise) @ params["hidden"] @ params["out"])
+
+    program = tiny.program(loss, rate=1e-4)
+    plain = tiny.record(tmp_path / "plain", program)
+    with jax.default_prng_impl("rbg"):
+        found = tiny.record(tmp_path / "rbg", program)
+        fresh = tiny.record(tmp_path / "fresh", tiny.program(loss, rate=1e-4))
+    losses = [run.sample_losses.compute()["value"].values for run in (plain, found, fresh)]
+    assert losses[0].tobytes() != losses[1].tobytes() == losses[2].tobytes()
+
+
+def test_a_run_is_compared_with_what_its_program_computes_now(tmp_path):
+    scale = [1.0]
+
+    def loss(params, example, key):
+        return jnp.square(scale[0] * example["x"] @ params["hidden"] @ params["out"])
+
+    program = tiny.program(loss, rate=1e-4)
+    tiny.record(tmp_path / "run", program)
+    scale[0] = 100.0
+    with pytest.raises(replay.IdentityError, match="the program is not the one in"):
+        replay.open(tmp_path / "run", program=program, data=tiny.DATA)
 
 
 def test_weights_that_were_changed_in_place_are_those_of_the_next_recording(tmp_path):

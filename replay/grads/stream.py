@@ -182,7 +182,7 @@ def _shared_look(reduction: Column, form: Form, number: int) -> Callable[..., An
     return jax.jit(lambda payload: reduction.column(gradients_of(form, payload), number))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def _own_step(reduction: Any, gradients: Callable, number: int) -> Callable[..., Any]:
     def step(state, payload, leaves, occurrences):
         return reduction.step(state, gradients(number, payload, leaves), occurrences)
@@ -190,7 +190,7 @@ def _own_step(reduction: Any, gradients: Callable, number: int) -> Callable[...,
     return jax.jit(step, donate_argnums=0)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def _own_look(reduction: Column, gradients: Callable, number: int) -> Callable[..., Any]:
     return jax.jit(
         lambda payload, leaves: reduction.column(gradients(number, payload, leaves), number)

@@ -338,9 +338,7 @@ print(json.dumps([[bits(s) for _, s in replay.open(p).states(slice(None))] for p
 @pytest.mark.parametrize(
     ("model", "dispatch"),
     [
-        pair
-        if pair in (("memory", "block"), ("loss_scaling", "step"))
-        else pytest.param(*pair, marks=pytest.mark.full)
+        pair if pair == ("memory", "block") else pytest.param(*pair, marks=pytest.mark.full)
         for pair in itertools.product(MODELS, ("step", "block"))
     ],
 )

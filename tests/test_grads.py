@@ -79,7 +79,6 @@ def check(found, exact, rounded, what):
 
 QUICK = {
     "dense",
-    "layers stacked for a scan",
     "bfloat16 compute with float32 weights",
     "fused projection that is sliced",
 }

@@ -115,7 +115,8 @@ def of_all_forms(params, example, key):
     return (jnp.tanh(jnp.tanh(h @ params["tied"]) @ params["tied"]).sum() - example["y"]) ** 2
 
 
-@pytest.mark.parametrize("strategy", ["factored", pytest.param("scan", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", ["factored", "scan"])
 def test_gradients_of_every_form_are_multiplied(strategy, tmp_path):
     random = np.random.Generator(np.random.Philox(3))
     weights = {k: random.normal(0, 0.4, shape).astype(np.float32) for k, shape in SHAPES.items()}

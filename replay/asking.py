@@ -582,8 +582,9 @@ def _catalogue(subject: Subject, way: str) -> planning.Catalogue:
     steps = log.durable.steps
     seconds = log.column("microseconds", 0, steps).astype(np.float64) * 1e-6
     # Whoever trains does not wait for a step, but for some of them together.
-    blocks = np.array_split(seconds, max(1, len(seconds) // 32))
-    each = float(np.median([x.mean() for x in blocks])) if len(seconds) else 0.0
+    together = max(min(32, len(seconds)), 1)
+    blocks = seconds[: len(seconds) // together * together].reshape(-1, together).mean(1)
+    each = float(np.median(blocks)) if len(blocks) else 0.0
     entry = log.header.programs.get("factors")
     names = [leaf.path for leaf in log.header.signature.grads]
     ways = dict.fromkeys(names, "scan")

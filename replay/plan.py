@@ -143,7 +143,7 @@ def earlier(node: Node) -> np.ndarray:
 def spans(checkpoints: Sequence[int], steps: np.ndarray, states: np.ndarray) -> list[Span]:
     """Return the replays that pass all the steps and reach all the states.
 
-    A stretch between stored states that holds none of them is skipped.
+    All are ascending. A stretch between stored states that holds none of them is skipped.
 
     >>> spans([0, 10, 20, 30], np.array([12, 13]), np.array([30]))
     [Span(start=10, stop=14), Span(start=30, stop=30)]
@@ -155,10 +155,10 @@ def spans(checkpoints: Sequence[int], steps: np.ndarray, states: np.ndarray) -> 
     for reached, inclusive in ((steps, 1), (states, 0)):
         if not len(reached):
             continue
-        starts = stored[np.searchsorted(stored, reached, side="right") - 1]
-        for start in np.unique(starts):
-            stop = int(reached[starts == start].max()) + inclusive
-            ends[int(start)] = max(ends.get(int(start), 0), stop)
+        places = np.searchsorted(stored, reached, side="right") - 1
+        last = np.append(np.flatnonzero(np.diff(places)), len(places) - 1)
+        for start, stop in zip(stored[places[last]].tolist(), reached[last].tolist(), strict=True):
+            ends[start] = max(ends.get(start, 0), stop + inclusive)
     found: list[Span] = []
     for start in sorted(ends):
         if found and found[-1].stop >= start:

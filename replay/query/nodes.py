@@ -489,7 +489,7 @@ def _where(steps: np.ndarray) -> Any:
     stride = int(steps[1] - steps[0])
     if (np.diff(steps) == stride).all():
         return (int(steps[0]), int(steps[-1]) + 1, stride)
-    return (tuple(map(int, steps)),)
+    return (tuple(steps.tolist()),)
 
 
 def check_parts(nodes: Any) -> None:

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from replay import grouped
+from replay import grouped, tiles
 from replay import plan as planning
 from replay.folds import TOGETHER, Asked, rule_of
 from replay.frames import FEW_WEIGHTS
 from replay.grads.reductions import BLOCK_STEPS
 from replay.log import Log
 from replay.prices import RANKS, Price, of_program, prices
-from replay.query.nodes import RAGGED, Among, Map, Node, Part, Pick, Reduce, Scan
+from replay.query.nodes import RAGGED, WALKED, Among, Map, Node, Part, Pick, Reduce, Scan
 from replay.query.states import BUCKETS
 from replay.reducing import EARLY, kind_of, layouts, ranked
 from replay.values import fused, without_walk
@@ -246,7 +246,7 @@ class _Walk:
             self._loads.add(key, *load, compiled=self._forms(together))
             self._loads.add(("init", *key[1:]), "element", blocks, 0)
             if blocks > 1:
-                self._loads.add(("merge", kind, shape), "eager", blocks, self._kept(root, part))
+                self._loads.add(("merge", kind, shape), "eager", blocks, self._size(root, part))
         self._loads.add(("result", kind), "eager", 4, 0)
 
     def _forms(self, together: int) -> float:
@@ -380,7 +380,7 @@ class _Walk:
         how = node.how if node.how in ("var", "top_k", "hist", "quantile") else "sum"
         kind = f"{how} within" if within else how
         if how == "top_k":
-            kept = self._kept(node, part) / node.options["k"]
+            kept = self._size(node, part) / node.options["k"]
             each = size / max(kept, 1)
             ordered = each <= max(2**12, 8 * node.options["k"]) if within else size <= 2**14
             kind = "top_k" + " sorted" * ordered + " within" * within
@@ -408,16 +408,9 @@ class _Walk:
             return part.size if part else 1
         if dim == "unit":
             return (part.shape or (1,))[-1] if part else 64
-        if dim in ("rank", "bin", "quantile", "group"):
-            inner = [x for x in _all(node) if isinstance(x, Reduce)]
-            options = [x.options for x in inner]
-            sizes = [o.get("k", 0) for o in options] + [len(o.get("edges", ())) for o in options]
-            sizes += [x.by.count for x in inner if x.by and x.by.kind == "labels"]
-            return max([*sizes, 1])
-        return 1
-
-    def _kept(self, node: Reduce, part: Part | None) -> int:
-        return self._size(node, part)
+        if dim in WALKED or dim in ("epoch", "window"):
+            return 1  # of what is had at one step
+        return tiles.count(node, dim, batch=self._batch, keys=1)
 
     def _layout(self, node: Node) -> list[tuple[Hashable, Part | None]]:
         """Return the tensors of a node and the form of each."""
@@ -430,10 +423,6 @@ class _Walk:
         shapes, _ = layouts(node)
         parts = self._layout(node.child)
         return [(form, (layout, part)) for layout, (form, part) in zip(shapes, parts, strict=False)]
-
-
-def _all(node: Node) -> list[Node]:
-    return [node, *(x for child in node.children for x in _all(child))]
 
 
 # -------------------------------------------------------------------------------------- seconds

@@ -92,7 +92,8 @@ class SelfTest:
         if self._retrace() != self._texts:
             self.differs.append(
                 "the program, traced twice, differs: it reads a random number, the clock or "
-                "another thing that is not among its arguments"
+                "another thing that is not among its arguments, or one that has changed since it "
+                "was recorded before (a new Program reads it anew)"
             )
 
     def _run_elsewhere(self) -> None:

@@ -140,7 +140,7 @@ class Fold(Root):
     @property
     def cuts(self) -> bool:  # type: ignore[override]
         """Whether weights stay apart, and have the bits that they have without their neighbours."""
-        return self._apart and tiles.splits(self.node) and not tiles.dotted(self.node)
+        return self._apart and tiles.cuts(self.node)
 
     @property
     def _apart(self) -> bool:
@@ -458,8 +458,7 @@ class Collected(Root):
     @property
     def cuts(self) -> bool:  # type: ignore[override]
         """Whether there are weights, with the bits that they have without their neighbours."""
-        found = "weight" in self.node.dims and tiles.splits(self.node)
-        return found and not tiles.dotted(self.node)
+        return "weight" in self.node.dims and tiles.cuts(self.node)
 
     def whole(
         self, part: int, plain: dict[str, Any], leaves: list[Any], indices: tuple[int, ...]

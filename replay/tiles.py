@@ -229,12 +229,12 @@ def multiplied_out(node: Node) -> int:
     return max(map(multiplied_out, node.children), default=0)
 
 
-def dotted(node: Node) -> bool:
-    """Whether so few weights of a sample's gradient are chosen that they are summed by themselves.
+def cuts(node: Node) -> bool:
+    """Whether the weights of a node have the bits that they have in the whole of their tensors.
 
-    They have other bits than where the whole tensor is multiplied out.
+    So few chosen weights of a sample's gradient that they are summed by themselves have others.
     """
-    return any(
+    return splits(node) and not any(
         scan.quantity in ("sample_grads", "sample_updates")
         and any(x.indices is not None and len(x.indices) <= FEW_WEIGHTS for x in scan.tensors)
         for scan in node.scans()

@@ -154,3 +154,24 @@ def test_a_comparison_counts_what_is_computed_of_both_runs_once(tmp_path, run):
         kinds.append({load.kind for load in found if load.calls})
     assert [{"step", "stored"} <= kind for kind in kinds] == [True, True]
     assert ["sum within" in kind for kind in kinds] == [True, False]
+
+
+def test_a_prediction_that_fails_loses_no_answer(run, monkeypatch):
+    wanted = run.grads.max("step").compute()
+
+    def fail(*arguments):
+        raise IndexError("of a dtype that nobody knows")
+
+    monkeypatch.setattr(predicting, "loads", fail)
+    with pytest.warns(UserWarning, match="is not remembered: IndexError"):
+        found = run.grads.max("step").compute()
+    assert found.identical(wanted)
+
+
+def test_a_machine_is_calibrated_once(run, monkeypatch):
+    called = []
+    monkeypatch.setattr(prices, "calibrate", lambda: called.append(1))
+    for measured in (False, True):
+        monkeypatch.setattr(prices, "prices", lambda m=measured: (prices.PRICES, m))
+        run.grads.max("step").explain(calibrate=True)
+    assert called == [1]

@@ -66,6 +66,7 @@ class Recording:
         self._results: list[Result] = []
         self._columns: list[tuple[str, int, np.ndarray]] = []
         self._metrics: list[tuple[int, dict[str, float]]] = []
+        self._copy: Sequence[Any] | None = None
         self._committed, self.intact = start, True
         self._began = self._committed_at = time.perf_counter()
         self._busy = 0.0
@@ -139,11 +140,13 @@ class Recording:
             self._columns.append((name, stretch.begin, known[name]()))
 
     def _commit(self, *, checkpoint: bool, closed: bool = False) -> None:
+        leaves = None
         if checkpoint:
             self.writer.wait_for_checkpoint()
+            # One copy for all checkpoints: fresh memory would cost several times the copying.
+            leaves = self._copy = self.engine.fetch(self.state, into=self._copy)
         # The fingerprint of a copy, where there is one: the next step, which writes over the state,
         # waits for whoever still reads it.
-        leaves = self.engine.fetch(self.state) if checkpoint else None
         digest = self.engine.fingerprint(self.state if leaves is None else leaves)
         drop, segment = (), None
         if checkpoint and self._observer is not None and self._observer.start < self.step:

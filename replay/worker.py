@@ -147,8 +147,8 @@ class RemoteEngine:
         self._hold(state)
         return self._ask("fingerprint", {}, [])[1][0]
 
-    def fetch(self, state: "_Remote") -> list[np.ndarray]:
-        """Bring a state here."""
+    def fetch(self, state: "_Remote", into: Sequence[Any] | None = None) -> list[np.ndarray]:
+        """Bring a state here; `into` is not used."""
         if state.leaves is None:
             self._hold(state)
             state.leaves = self._ask("fetch", {}, [])[1]

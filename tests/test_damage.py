@@ -884,7 +884,11 @@ def test_a_loss_that_is_no_number_ends_a_training_where_warnings_are_errors(tmp_
 
 
 @pytest.mark.parametrize(
-    "source", [time.perf_counter, np.random.Generator(np.random.Philox(0)).random]
+    "source",
+    [
+        time.perf_counter,
+        pytest.param(np.random.Generator(np.random.Philox(0)).random, marks=pytest.mark.full),
+    ],
 )
 def test_a_loss_that_reads_the_clock_or_random_numbers_starts_at_numeric(tmp_path, source):
     program = tiny.program(lambda params, example, key: tiny.loss(params, example, key) + source())

@@ -194,7 +194,7 @@ def streamed(*questions, count=5, **options):
     return stream.results()
 
 
-@pytest.mark.parametrize("strategy", ["factored", "scan"])
+@pytest.mark.parametrize("strategy", ["factored", pytest.param("scan", marks=pytest.mark.full)])
 def test_a_stream_answers_as_one_large_batch_would(strategy):
     questions = (Sum("square"), TopK(3), Max(), Histogram((0.1, 1.0)), Norm(), Dot(PARAMS))
     squares, (values, occurrences), largest, counts, norms, dots = streamed(

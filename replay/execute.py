@@ -643,7 +643,13 @@ class Execution:
             cuts.append(left)
         passed, reached = planning.union(cuts)
         lags: dict[Node, dict] = {node: {} for node in roots}
-        walks = [self._frames(name, passed, reached) for name in names]
+        scans = [scan for left in cuts for scan in left.scans()]
+        walks = [
+            self._frames(
+                name, passed, reached, keep=any(s.run == name and _looks_back(s) for s in scans)
+            )
+            for name in names
+        ]
         early, done = all(map(planning.stops_early, roots)), set()
 
         def look() -> bool:
@@ -683,8 +689,13 @@ class Execution:
             root.closed = _not_kept
         keeper.audited(self._verified)
 
-    def _frames(self, name: str, steps: np.ndarray, reached: np.ndarray) -> Generator[Frame]:
-        """Yield a frame for every step and state that is asked about, ascending."""
+    def _frames(
+        self, name: str, steps: np.ndarray, reached: np.ndarray, *, keep: bool = True
+    ) -> Generator[Frame]:
+        """Yield a frame for every step and state that is asked about, ascending.
+
+        Without `keep` steps have no state before them, which takes less time.
+        """
         asked = self.runs[name]
         frame = functools.partial(Sparing, memory=self._memory // 4)
         either = set(steps.tolist()) | set(reached.tolist())
@@ -696,7 +707,9 @@ class Execution:
                 yield frame(asked.observers, span.start, leaves, None)
                 continue
             last = None
-            walk = asked.replayer.steps(span.start, span.stop, exact=self._exact, late=True)
+            walk = asked.replayer.steps(
+                span.start, span.stop, exact=self._exact, late=True, keep=keep
+            )
             try:
                 for replayed in walk:
                     step, last = replayed.executed.start, replayed
@@ -708,6 +721,7 @@ class Execution:
                     self._progress(1)
             finally:  # also where the rest is not asked for any more
                 self._verifying = []
+                walk.close()
                 if last is not None and not last.deviation:
                     self._verified.append((span.start, last.closed))
                 if last is not None and last.deviation:
@@ -735,6 +749,11 @@ class Execution:
                 lags[this] = (0, local.value(this.child))
             stack += this.children
         return local
+
+
+def _looks_back(scan: Scan) -> bool:
+    """Whether a quantity of a step is made of the state before it."""
+    return bool(scan.source) or scan.quantity not in ("grads", "samples", "sample_losses", "column")
 
 
 def _not_kept(number: int, key: int, cell: Cell) -> None:

@@ -68,6 +68,9 @@ class Asked(NamedTuple):
     index: Evidence | None = None
 
 
+_copied = jax.jit(lambda leaves: [jnp.copy(leaf) for leaf in leaves])
+
+
 class Fold(Root):
     """The running state of one root that reduces steps."""
 
@@ -86,6 +89,7 @@ class Fold(Root):
         rows = {"position", "sample"} & set(node.child.dims) or node.how in EARLY
         self._together = 1 if rows else TOGETHER
         self._dtype: Any = None
+        self._looked: list[Any] = []
         self.exact = kind_of(node).of(jnp.dtype(jnp.float32)).exact
 
     def weight_bytes(self, count: Callable[[str], int]) -> int:
@@ -108,17 +112,24 @@ class Fold(Root):
         return (two - one) * kept * (kind.groups if shape.rows else 1)
 
     def done(self) -> bool:
-        """Whether no later step can change the answer."""
+        """Whether no later step can change the answer, as far as was known when last asked.
+
+        So nobody waits for the step that has just begun.
+        """
         if self.node.how not in EARLY or self._keyed:
             return False
         # Of several tensors, what one has found says nothing of the others.
         apart = self.node.by is not None or not set(RAGGED) & set(self.node.over)
         several = len(self._shapes) > 1 and apart
         closed = [leaf for key in self.keys() for part in self.found(key) for leaf in part]
-        found = [np.asarray(x) for x in (*jax.tree.leaves(self._states), *closed)]
+        found = [*jax.tree.leaves(self._states), *closed]
         if several or not found or max(x.size for x in found) > 1:
             return False
-        return any(bool(x >= 0) if self.node.how == "first" else bool(x) for x in found)
+        if self._states:  # copies, as the next step takes the state
+            found, self._looked = self._looked, _copied(found)
+        if self.node.how == "first":
+            return any(np.asarray(x) >= 0 for x in found)
+        return any(map(np.asarray, found))
 
     def result(self, empty: Callable[[], Any]) -> Value:
         """Return the answer; of no steps at all, that of the blank state."""

@@ -34,9 +34,6 @@ from replay.sample_gradients import SampleGradients
 RULE = "TracIn, idealised: sum of lr w_i/B <g_i, g_j> over the steps that visited i"
 RULE_AT_STATES = "TracInCP: sum of lr/B <g_i, g_j> over the chosen states"
 
-# Steps between two reports of progress, which take as long as a small step.
-REPORTED = 16
-
 # What turns a step into a learning rate: a number, one for each step, or a schedule of optax.
 LearningRate = float | Sequence[float] | Float[np.ndarray, " steps"] | Callable[[Any], Any]
 
@@ -455,9 +452,7 @@ def _visit_steps(
         step = replayed.executed.start
         scores.add(replayed, rate[step])
         deviation, closed = replayed.deviation, replayed.closed
-        if (step + 1 - steps.start) % REPORTED == 0:
-            report(REPORTED)
-    report(len(steps) % REPORTED)
+        report(1)
     if deviation:
         return Grade.NUMERIC
     return Grade.BITWISE if closed == steps.stop else Grade.UNAUDITED

@@ -1,10 +1,13 @@
 """A progress bar over steps."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 import rich.console
 import rich.progress
+
+INTERVAL = 0.1  # seconds between changes of a bar: one takes longer than a short step
 
 
 @contextlib.contextmanager
@@ -33,10 +36,22 @@ def progress_bar(
     with rich.progress.Progress(*columns, console=console, disable=not show) as bar:
         task = bar.add_task(what, total=total, loss="", speed="")
 
-        def report(steps: int, loss: float | None = None) -> None:
+        waiting, shown, last = 0, time.monotonic(), None
+
+        def show_them() -> None:
+            nonlocal waiting, shown
+            bar.update(task, advance=waiting)
             speed = bar.tasks[0].speed
-            bar.update(task, advance=steps, speed=f"{speed:,.0f} {unit}/s" if speed else "")
-            if loss is not None:
-                bar.update(task, loss=f"loss {loss:.4g}")
+            bar.update(task, speed=f"{speed:,.0f} {unit}/s" if speed else "")
+            if last is not None:
+                bar.update(task, loss=f"loss {last:.4g}")
+            waiting, shown = 0, time.monotonic()
+
+        def report(steps: int, loss: float | None = None) -> None:
+            nonlocal waiting, last
+            waiting, last = waiting + steps, last if loss is None else loss
+            if time.monotonic() - shown > INTERVAL:
+                show_them()
 
         yield report
+        show_them()

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ from replay.trajectory import (
     staged_steps,
 )
 from replay.worker import RemoteEngine, settable
+
+LATE = 16  # steps whose losses are compared together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +271,8 @@ class Replayer:
         held = engine.load(leaves)
         for executed in self._execute(engine, held, start, state):
             held = executed.after
-            walk.check(executed, engine)
+            walk.check(executed, engine, late=LATE)
+        walk.finish()
         if walk.divergence is not None:
             if exact:
                 raise self._diverged(walk.divergence)
@@ -277,27 +280,30 @@ class Replayer:
         return [np.asarray(leaf) for leaf in engine.fetch(held)]
 
     def steps(
-        self, start: int, stop: int, *, exact: bool = True, late: bool = False
-    ) -> Iterator[Replayed]:
+        self, start: int, stop: int, *, exact: bool = True, late: bool = False, keep: bool = True
+    ) -> Generator[Replayed]:
         """Replay steps `[start, stop)` for somebody who looks at each.
 
         With `exact`, the first difference raises. Without, it is a warning, every stored state on
         the way replaces the replayed one, and the deviation met there is reported with the later
-        steps. With `late` the losses of a step are compared when the next one is under way, so that
-        nobody waits for them: for who shows nothing before the end.
+        steps. With `late` the losses of some steps are compared together, when later ones are under
+        way or the walk is closed: for who shows nothing before the end. Without `keep` each step
+        takes the memory of the state before it, which nobody sees then.
         """
         if stop <= start:
             return
         self.anchor(stop)
         anchor = self.anchor(start)
-        engine, signature = self.engine(anchor, keep=True), self._log.header.signature
+        signature = self._log.header.signature
+        engine = self.engine(anchor, keep=keep, observed=True)
         held = engine.load(self.stored(anchor))
         walk, deviation = _Walk(self._log, anchor), 0.0
+        waits = (LATE if exact else 1) if late else 0
         stored = sorted(s for s in self._log.durable.checkpoints if anchor < s < stop)
         edges = [anchor, *stored, stop]
         for a, b in zip(edges, edges[1:], strict=False):
             if a in self._forks and a > anchor:  # where the state of a fork is stored
-                following = self.engine(a, keep=True)
+                following = self.engine(a, keep=keep, observed=True)
                 if following is not engine:
                     held = following.load([*map(np.asarray, engine.fetch(held))])
                     engine = following
@@ -306,7 +312,7 @@ class Replayer:
                 for executed in engine.advance(held, stretch):
                     executed = self._entered(engine, executed)
                     held, row = executed.after, executed.start - stretch.start
-                    walk.check(executed, engine, late=late and executed.start + 1 < stop)
+                    walk.check(executed, engine, late=waits if executed.start + 1 < stop else 0)
                     if walk.divergence is not None and exact:
                         raise self._diverged(walk.divergence)
                     if walk.divergence is not None and not deviation:
@@ -314,9 +320,15 @@ class Replayer:
                     if executed.start >= start:
                         weights = ones if stretch.weights is None else stretch.weights[row]
                         batch = [leaf[row] for leaf in stretch.batch]
-                        yield Replayed(
-                            executed, stretch.ids[row], weights, batch, deviation, walk.closed
-                        )
+                        try:
+                            yield Replayed(
+                                executed, stretch.ids[row], weights, batch, deviation, walk.closed
+                            )
+                        except GeneratorExit:  # what was shown is compared, wherever it ends
+                            walk.finish()
+                            if walk.divergence is not None and exact:
+                                raise self._diverged(walk.divergence) from None
+                            raise
             if walk.divergence is None:
                 continue
             divergence = walk.divergence
@@ -360,8 +372,9 @@ class Replayer:
         walk = _Walk(self._log, start)
         for executed in self._execute(engine, held, start, stop):
             held = executed.after
-            walk.check(executed, engine)
+            walk.check(executed, engine, late=LATE)
             progress(executed.count)
+        walk.finish()
         divergence = walk.divergence
         if divergence is None and walk.closed != stop:
             return Segment(start, stop, Grade.UNAUDITED)
@@ -423,12 +436,13 @@ class Replayer:
             leaves[number] = np.frombuffer(data, old.dtype).reshape(old.shape)
         return executed._replace(after=engine.load(leaves))
 
-    def engine(self, step: int, *, keep: bool) -> Engine:
+    def engine(self, step: int, *, keep: bool, observed: bool | None = None) -> Engine:
         """Return what executes a step: the programs of the run, or of the ancestor that took it.
 
         Args:
             step: the step.
-            keep: whether every state stays valid, for observers.
+            keep: whether every state stays valid.
+            observed: whether gradients are handed out; if None, where states stay valid.
 
         Raises:
             LogError, IdentityError: a program is damaged or cannot be executed here.
@@ -438,7 +452,8 @@ class Replayer:
         hashes = [header.programs[name].get("sha256") for name in signature.programs]
         # A fork that changes neither program nor key goes on with the engine of its parent.
         settings = repr(sorted(header.environment.items()))
-        known = (keep, signature, tuple(hashes), header.key, settings)
+        observed = keep if observed is None else observed
+        known = (keep, observed, signature, tuple(hashes), header.key, settings)
         if known in self._engines:
             return self._engines[known]
         files = {name: log.program(name) for name in signature.programs}
@@ -447,11 +462,12 @@ class Replayer:
         }
         if settable(self._of(log), header.environment.get("platform", "cpu")):
             engine: Engine = RemoteEngine(
-                signature, files, header.key, keep=keep, recorded=header.environment
+                signature, files, header.key, keep=observed, recorded=header.environment
             )
         else:
             try:
                 engine = LocalEngine(signature, loaded, header.key, keep=keep)
+                engine.observed = observed
             except Exception as error:  # the compiler raises whatever a forged program leads it to
                 raise LogError(
                     f"{log.place}: the archived {' and '.join(signature.programs)} cannot be "
@@ -511,29 +527,36 @@ class _Walk:
 
     def __init__(self, log: Log, start: int):
         self._log, self._agreed = log, f"state {start}"
-        self._waiting: list[tuple[int, int, Any]] = []
+        self._waiting: list[Any] = []
+        self._compared = start
         self.divergence: Divergence | None = None
         self.closed = start
 
-    def check(self, executed: Executed, engine: Engine, *, late: bool = False) -> None:
+    def check(self, executed: Executed, engine: Engine, *, late: int = 0) -> None:
         """Compare the witnesses of the steps of one call, and the digest of the state after.
 
-        Those of a `late` call are compared at the next one.
+        Up to `late` calls may wait until they are compared together, which takes less time, and
+        until then nobody waits for the device. A digest waits for nothing.
         """
         state = executed.start + executed.count
-        self._check_losses()
-        self._waiting.append((executed.start, state, executed.losses))
-        if not late or state in self._log.durable.digests:
-            self._check_losses()
+        self._waiting.append(executed.losses)
+        if state in self._log.durable.digests:
+            self.finish()
             self._check_state(state, engine, executed.after)
+        elif len(self._waiting) > late:
+            self._compare(len(self._waiting) - (late > 0))  # the last one is still computed
 
-    def _check_losses(self) -> None:
-        while self._waiting and self.divergence is None:
-            self._compare(*self._waiting.pop())
+    def finish(self) -> None:
+        """Compare whatever waits."""
+        self._compare(len(self._waiting))
 
-    def _compare(self, start: int, stop: int, losses: Any) -> None:
-        found = witness(np.atleast_2d(np.asarray(losses)))
-        differ = np.flatnonzero(found != self._log.column("witness", start, stop))
+    def _compare(self, count: int) -> None:
+        first, self._waiting = self._waiting[:count], self._waiting[count:]
+        if not first or self.divergence is not None:
+            return
+        found = witness(np.concatenate([np.atleast_2d(np.asarray(losses)) for losses in first]))
+        start, self._compared = self._compared, self._compared + len(found)
+        differ = np.flatnonzero(found != self._log.column("witness", start, self._compared))
         if len(differ):
             step = start + int(differ[0])
             self.divergence = Divergence(self._agreed, f"the losses of step {step}")

@@ -5,7 +5,6 @@ for the tensors that have them, `sample_gradient` for the others.
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -336,7 +335,6 @@ def reduce(
     stream = Stream(reductions, len(gradients.names))
     occurrences, deviation, closed = [], 0.0, -1
     apart: list[tuple[Any, Any]] = []
-    bar = _Paced(progress)
     for replayed in replayer.steps(steps.start, steps.stop, exact=exact, late=True):
         step = replayed.executed.start
         if step == steps.start:
@@ -348,8 +346,7 @@ def reduce(
         size = len(replayed.ids)
         occurrences.append(step * size + np.flatnonzero(replayed.ids >= 0))
         deviation, closed = replayed.deviation, replayed.closed
-        bar.advance()
-    bar.end()
+        progress(1)
     grade = Grade.BITWISE if closed == steps.stop else Grade.UNAUDITED
     return Reduced(
         tuple(stream.results()),
@@ -360,19 +357,3 @@ def reduce(
         max(_gap(*pair) for pair in apart),
         deviation,
     )
-
-
-class _Paced:
-    """Reports steps a few times a second: a progress bar takes longer than a short step."""
-
-    def __init__(self, report: Callable[[int], None]):
-        self._report, self._steps, self._last = report, 0, time.monotonic()
-
-    def advance(self) -> None:
-        self._steps += 1
-        if time.monotonic() - self._last > 0.1:
-            self.end()
-
-    def end(self) -> None:
-        self._report(self._steps)
-        self._steps, self._last = 0, time.monotonic()

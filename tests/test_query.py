@@ -1504,12 +1504,42 @@ def test_what_may_stop_early_or_waits_for_an_anchor_is_announced_by_an_upper_bou
     run, truth, _ = small
     loud = (run.sample_losses.max("position") >= float(truth.losses[:14].max())).first("step")
     told, found = loud.explain(), loud.compute()
-    assert "replay up to 24 steps" in told and found.attrs["steps"] == found.item() + 1 < 24
+    # When a step is found to be the one, the next is under way.
+    assert "replay up to 24 steps" in told and found.attrs["steps"] == found.item() + 2 < 24
     assert found.attrs["grade"] == "UNAUDITED"  # it stopped before a digest could be compared
     taken = run.sample_updates.before(loud, last=4)
     told, found = taken.explain(), taken.compute()
     announced = sum(map(int, re.findall(r"replay up to (\d+) steps", told)))
     assert loud.compute().attrs["steps"] < found.attrs["steps"] <= announced
+
+
+def test_an_answer_that_stops_early_has_compared_the_losses_of_its_steps(small, monkeypatch):
+    run, truth, _ = small
+    run = replay.open(run.path)
+    loud = (run.sample_losses.max("position") >= float(truth.losses[:14].max())).first("step")
+    step, column = int(loud.compute(cache=False)), run.log.column
+
+    def other_losses(name, start, stop):
+        found = column(name, start, stop)
+        return (
+            np.where(np.arange(start, stop) == step, ~found, found) if name == "witness" else found
+        )
+
+    monkeypatch.setattr(run.log, "column", other_losses)
+    with pytest.raises(replay.DivergenceError, match=f"the losses of step {step}"):
+        loud.compute(cache=False)
+
+
+@pytest.mark.parametrize("dispatch", ["step", "block"])
+def test_gradients_are_the_same_with_and_without_the_states_before_them(tmp_path, dispatch):
+    run = tiny.record(tmp_path / "run", dispatch=dispatch)
+    expected = [step.grads for step in run.trajectory()]
+    alone = run.grads.compute(cache=False)
+    among, _ = replay.compute(run.grads, abs(run.weights).max(), cache=False)
+    for name in ("hidden", "out"):
+        truth = np.stack([np.asarray(grads[name]) for grads in expected])
+        for found in (alone, among):
+            assert np.asarray(found[name].values).tobytes() == truth.tobytes()
 
 
 def test_explaining_names_segments_tensors_and_what_the_log_answers_alone(small):

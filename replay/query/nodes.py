@@ -8,12 +8,15 @@ scans while a question is built, so that equal questions have equal plans.
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from replay.errors import QueryError
+
+T = TypeVar("T")
 
 # The order in which the dimensions of a value stand; what is not listed stands before the ragged.
 ORDER = ("epoch", "window", "step", "state", "occurrence", "position", "sample", "tensor", "group")
@@ -56,7 +59,27 @@ def ordered(dims: Any) -> tuple[str, ...]:
     return (*front, *sorted(dims - set(front) - set(back)), *back)
 
 
-@dataclasses.dataclass(frozen=True)
+@typing.dataclass_transform(frozen_default=True)
+def frozen(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass that hashes itself once: at each step of a replay plans are keys."""
+    made = dataclasses.dataclass(frozen=True)(cls)
+    fresh = made.__hash__
+
+    def __hash__(self) -> int:
+        known = self.__dict__
+        if "_hash" not in known:
+            known["_hash"] = fresh(self)
+        return known["_hash"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the hash: strings have another one in every process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
+    made.__hash__, made.__getstate__ = __hash__, __getstate__
+    return made
+
+
+@frozen
 class Part:
     """The chosen elements of one tensor: all of them, or those with these flat indices."""
 
@@ -78,7 +101,7 @@ class Part:
         return ", ".join(f"{self.path}[{','.join(map(str, map(int, p)))}]" for p in places)
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Group:
     """What a reduction keeps apart.
 
@@ -161,7 +184,7 @@ class Node:
         return [f"{indent}{self}", *(x for c in self.children for x in c.lines(indent + "  "))]
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Scan(Node):
     """A quantity of a run.
 
@@ -220,7 +243,7 @@ class Scan(Node):
         return f"scan {self.run}{whose}.{self.quantity}{name}: {chosen}{of}"
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Map(Node):
     """A function of elements, by its name in `jax.numpy`; constants stand as numbers."""
 
@@ -253,7 +276,7 @@ class Map(Node):
         return f"map {self.function}" + (f" with {self.constants}" if self.constants else "")
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class _Unary(Node):
     child: Node
 
@@ -272,7 +295,7 @@ class _Unary(Node):
         return dataclasses.replace(self, child=change(self.child))
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class At(_Unary):
     """States seen from a step: the one before it (`offset` 0) or after it (1).
 
@@ -300,7 +323,7 @@ class At(_Unary):
         return f"state {'after' if self.offset else 'before'} the step"
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Lag(_Unary):
     """What stood at the step before, of those that are chosen."""
 
@@ -313,7 +336,7 @@ class Lag(_Unary):
         return "the step before"
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Among(_Unary):
     """Only the occurrences of some samples: others are NaN or false, and no reduction sees them."""
 
@@ -324,7 +347,7 @@ class Among(_Unary):
         return f"samples {shown}" + (", ..." if len(self.samples) > 6 else "")
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Reduce(_Unary):
     """A reduction over dimensions; `settings` are its own, as pairs."""
 
@@ -357,7 +380,7 @@ class Reduce(_Unary):
         return f"{self.how} over {' and '.join(self.over)}{by}{settings}"
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Pick(_Unary):
     """One entry of a dimension that a reduction has added."""
 
@@ -373,7 +396,7 @@ class Pick(_Unary):
         return f"{self.dim} {self.index}"
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Rename(_Unary):
     """A dimension by another name."""
 
@@ -389,7 +412,7 @@ class Rename(_Unary):
         return f"rename {self.old} to {self.new}"
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Take(Node):
     """The first or last occurrences (or steps) before or after an anchor.
 

@@ -86,6 +86,8 @@ def reduction(how: str, settings: dict[str, Any], dtype: Any) -> State:
     """Return a reduction of values of a dtype by its name."""
     if how == "sum" and is_count(dtype):
         return _counting(lambda x: x)
+    if how == "mean" and is_count(dtype):
+        return _SHARE
     if how == "count":
         return _counting(lambda x: ~jnp.isnan(x.astype(jnp.float32)))
     return {
@@ -190,6 +192,25 @@ def _final_mean(state: Any, xp: Any) -> dict[str, Any]:
     with np.errstate(invalid="ignore", divide="ignore"):
         return {"value": total / _number(count, xp, total)}
 
+
+def _share(state: Any, xp: Any) -> dict[str, Any]:
+    like = xp.zeros((), np.float32)
+    total, count = (_number(x, xp, like) for x in state)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {"value": total / count}
+
+
+# Of truth values: whole numbers are added faster, and do not stop at 2**24.
+_SHARE = State(
+    lambda kept, dtype: (_blank_count(*kept), _blank_count()),
+    lambda state, values: (
+        _more(state[0], (values.x & values.mask).sum(-1, dtype=jnp.uint32)),
+        _more(state[1], _total(values)),
+    ),
+    lambda first, second: tuple(map(_join_counts, first, second)),
+    _share,
+    exact=True,
+)
 
 _MEAN = State(
     lambda kept, dtype: (_real(kept, dtype), _blank_count()),

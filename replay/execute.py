@@ -646,7 +646,7 @@ class Execution:
         scans = [scan for left in cuts for scan in left.scans()]
         walks = [
             self._frames(
-                name, passed, reached, keep=any(s.run == name and _looks_back(s) for s in scans)
+                name, passed, reached, keep=any(s.run == name and _needs_state(s) for s in scans)
             )
             for name in names
         ]
@@ -679,6 +679,9 @@ class Execution:
                         roots[node].take(local)
                     local.remember(planning.below(node))
                 if early and look():
+                    shown = [frame.replayed for frame in frames if frame.replayed is not None]
+                    if not all(replayed.agrees() for replayed in shown):
+                        self.grade = self.grade & Grade.NUMERIC
                     break
                 if keeper.waiting:
                     keeper.audited([*self._verified, *self._verifying])
@@ -721,7 +724,6 @@ class Execution:
                     self._progress(1)
             finally:  # also where the rest is not asked for any more
                 self._verifying = []
-                walk.close()
                 if last is not None and not last.deviation:
                     self._verified.append((span.start, last.closed))
                 if last is not None and last.deviation:
@@ -751,7 +753,7 @@ class Execution:
         return local
 
 
-def _looks_back(scan: Scan) -> bool:
+def _needs_state(scan: Scan) -> bool:
     """Whether a quantity of a step is made of the state before it."""
     return bool(scan.source) or scan.quantity not in ("grads", "samples", "sample_losses", "column")
 

@@ -188,7 +188,10 @@ class Frame:
 
     def _sample_losses(self, scan, part, offset):
         assert self.replayed is not None
-        return jnp.asarray(self.replayed.executed.losses)
+        losses = self.replayed.executed.losses
+        if not isinstance(losses, jax.Array):  # a row of a block
+            losses = np.asarray(losses).reshape(-1)
+        return jnp.asarray(losses)
 
     # ---- by other programs
 
@@ -344,7 +347,7 @@ def elsewhere(data: Data, ids: np.ndarray, size: int, step: int, before: Sequenc
     batch = data.leaves(np.maximum(padded, 0))
     executed = Executed(step, 1, None, (), None, list(before), None)
     weights = (padded >= 0).astype(np.float32)
-    return Replayed(executed, padded, weights, batch, 0.0, -1)
+    return Replayed(executed, padded, weights, batch, 0.0, -1, lambda: True)
 
 
 def of_the_form(log: Log, source: Any) -> Data:

@@ -53,5 +53,7 @@ def progress_bar(
             if time.monotonic() - shown > INTERVAL:
                 show_them()
 
-        yield report
-        show_them()
+        try:
+            yield report
+        finally:
+            show_them()

@@ -66,7 +66,9 @@ class Recording:
         self._results: list[Result] = []
         self._columns: list[tuple[str, int, np.ndarray]] = []
         self._metrics: list[tuple[int, dict[str, float]]] = []
-        self._copy: Sequence[Any] | None = None
+        # One copy for all checkpoints: fresh memory would cost several times the copying. Copied
+        # into at once, so that nothing is compiled when the training is under way.
+        self._copy: Sequence[Any] | None = engine.fetch(self.state, into=engine.fetch(self.state))
         self._committed, self.intact = start, True
         self._began = self._committed_at = time.perf_counter()
         self._busy = 0.0
@@ -116,6 +118,7 @@ class Recording:
             self._report_test()
         finally:
             self.writer.close()
+            self._copy = None
 
     def _keep(
         self, stretch: Stretch, losses: list, aux: list, seen: list, microseconds: int
@@ -143,7 +146,6 @@ class Recording:
         leaves = None
         if checkpoint:
             self.writer.wait_for_checkpoint()
-            # One copy for all checkpoints: fresh memory would cost several times the copying.
             leaves = self._copy = self.engine.fetch(self.state, into=self._copy)
         # The fingerprint of a copy, where there is one: the next step, which writes over the state,
         # waits for whoever still reads it.

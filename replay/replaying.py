@@ -149,6 +149,8 @@ class Replayed(NamedTuple):
         batch: leaves `[batch, ...]`.
         deviation: largest deviation from the log met so far; 0 while every bit agrees.
         closed: the last state whose digest has agreed.
+        agrees: compares the losses of all steps up to this one, for who looks at no more of them.
+            Tells whether they agree; where a replay is to be exact, raises if not.
     """
 
     executed: Executed
@@ -157,6 +159,7 @@ class Replayed(NamedTuple):
     batch: Sequence[np.ndarray]
     deviation: float
     closed: int
+    agrees: Callable[[], bool]
 
 
 class Replayer:
@@ -287,8 +290,8 @@ class Replayer:
         With `exact`, the first difference raises. Without, it is a warning, every stored state on
         the way replaces the replayed one, and the deviation met there is reported with the later
         steps. With `late` the losses of some steps are compared together, when later ones are under
-        way or the walk is closed: for who shows nothing before the end. Without `keep` each step
-        takes the memory of the state before it, which nobody sees then.
+        way: for who shows nothing before the end, and asks `agrees` where they end early. Without
+        `keep` each step takes the memory of the state before it, which nobody sees then.
         """
         if stop <= start:
             return
@@ -320,15 +323,11 @@ class Replayer:
                     if executed.start >= start:
                         weights = ones if stretch.weights is None else stretch.weights[row]
                         batch = [leaf[row] for leaf in stretch.batch]
-                        try:
-                            yield Replayed(
-                                executed, stretch.ids[row], weights, batch, deviation, walk.closed
-                            )
-                        except GeneratorExit:  # what was shown is compared, wherever it ends
-                            walk.finish()
-                            if walk.divergence is not None and exact:
-                                raise self._diverged(walk.divergence) from None
-                            raise
+                        agrees = functools.partial(self._agrees, walk, exact)
+                        yield Replayed(
+                            executed, stretch.ids[row], weights, batch, deviation, walk.closed,
+                            agrees,
+                        )  # fmt: skip
             if walk.divergence is None:
                 continue
             divergence = walk.divergence
@@ -453,6 +452,8 @@ class Replayer:
         # A fork that changes neither program nor key goes on with the engine of its parent.
         settings = repr(sorted(header.environment.items()))
         observed = keep if observed is None else observed
+        remote = settable(self._of(log), header.environment.get("platform", "cpu"))
+        keep = observed if remote else keep  # what a worker hands out stays valid
         known = (keep, observed, signature, tuple(hashes), header.key, settings)
         if known in self._engines:
             return self._engines[known]
@@ -460,9 +461,9 @@ class Replayer:
         loaded = {
             name: artifact.load(name, files[name], signature, allow=self._allow) for name in files
         }
-        if settable(self._of(log), header.environment.get("platform", "cpu")):
+        if remote:
             engine: Engine = RemoteEngine(
-                signature, files, header.key, keep=observed, recorded=header.environment
+                signature, files, header.key, keep=keep, recorded=header.environment
             )
         else:
             try:
@@ -483,6 +484,12 @@ class Replayer:
         """Return the numbers of leaves that do not agree with the digest of a stored state."""
         logged = np.frombuffer(self._log.durable.digests[state], np.uint32).reshape(-1, 2)
         return np.flatnonzero((logged != lanes).any(axis=1)).tolist()
+
+    def _agrees(self, walk: "_Walk", exact: bool) -> bool:
+        walk.finish()
+        if walk.divergence is not None and exact:
+            raise self._diverged(walk.divergence)
+        return walk.divergence is None
 
     def _deviation(self, state: int, leaves: Sequence[Any]) -> tuple[str | None, float]:
         """Compare a replayed state with the stored one: first differing leaf, largest deviation.

@@ -135,7 +135,7 @@ class LocalEngine:
             name: compile(exported[name], signature, name, donate=not keep)
             for name in signature.programs
         }
-        self._fingerprint, self._copy, self._copy_into = _of_states(signature.state)
+        self._fingerprint, self._copy = _of_states(signature.state)
 
     def load(self, leaves: Sequence[Any]) -> list[jax.Array]:
         """Take raw leaves as a state; a copy, because the next step may donate it.
@@ -155,7 +155,7 @@ class LocalEngine:
         """Return a copy of the leaves, still being computed; several times faster into memory."""
         if into is None:
             return self._copy(list(state))
-        return self._copy_into(list(state), list(into))
+        return _copier(self._signature.state)(list(state), list(into))
 
     def advance(self, state: list[jax.Array], stretch: Stretch) -> Iterator[Executed]:
         """Execute the steps of a stretch."""
@@ -219,23 +219,26 @@ class LocalEngine:
 
 
 @functools.lru_cache(maxsize=16)
-def _of_states(leaves: tuple[Leaf, ...]) -> tuple[Callable[..., Any], ...]:
-    """Return what takes the fingerprint of a state, what copies one, and what copies into another.
+def _of_states(leaves: tuple[Leaf, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return what takes the fingerprint of a state, and what copies one.
 
     Compiled here, because `jit` would compile twice, for the leaves that `load` makes and for those
     that a program returns: the second time in the middle of the training.
     """
-
-    def copy(leaves, into=()):
-        return [jnp.copy(leaf) for leaf in leaves]
-
     state = [leaf.struct for leaf in leaves]
-    programs = [
-        jax.jit(fingerprint).lower(state),
-        jax.jit(copy).lower(state),
-        jax.jit(copy, donate_argnums=1, keep_unused=True).lower(state, state),
-    ]
-    return tuple(program.compile() for program in programs)
+    copy = jax.jit(_copies)
+    return jax.jit(fingerprint).lower(state).compile(), copy.lower(state).compile()
+
+
+@functools.lru_cache(maxsize=16)
+def _copier(leaves: tuple[Leaf, ...]) -> Callable[..., Any]:
+    """Return what copies a state into the memory of another."""
+    state = [leaf.struct for leaf in leaves]
+    return jax.jit(_copies, donate_argnums=1, keep_unused=True).lower(state, state).compile()
+
+
+def _copies(leaves: Sequence[jax.Array], into: Sequence[jax.Array] = ()) -> list[jax.Array]:
+    return [jnp.copy(leaf) for leaf in leaves]
 
 
 class _Rows(NamedTuple):

@@ -109,7 +109,10 @@ class LogWriter:
         self._thread.start()
 
     def wait_for_checkpoint(self) -> None:
-        """Wait until no copy of a state is alive; call it before making one."""
+        """Wait until nobody reads the copy of a state any more; call it before making another.
+
+        Whoever still held a view of it would keep its numbers: XLA then takes fresh memory.
+        """
         self._free.acquire()
 
     def submit(self, job: Commit | dict[str, Any]) -> None:

@@ -1542,6 +1542,30 @@ def test_gradients_are_the_same_with_and_without_the_states_before_them(tmp_path
             assert np.asarray(found[name].values).tobytes() == truth.tobytes()
 
 
+@pytest.mark.parametrize("dispatch", ["step", "block"])
+def test_losses_of_samples_are_the_same_by_step_and_by_block(tmp_path, dispatch):
+    run = tiny.record(tmp_path / "run", dispatch=dispatch)
+    truth = np.stack([np.asarray(step.losses) for step in run.trajectory()])
+    found = run.sample_losses.compute(cache=False)["value"].values
+    assert found.astype(np.float32).tobytes() == truth.tobytes()
+
+
+def test_shares_of_truth_values_are_those_of_their_groups(tmp_path):
+    run = tiny.record(tmp_path / "run")
+    labels = np.arange(tiny.SAMPLES) % 5  # as many groups as weights
+    above = (run.sample_grads["out"] > 0).groupby(labels).mean(("step", "position"))
+    found = above.compute(cache=False)["out"].values.reshape(5, 5)
+    grad = jax.vmap(jax.grad(tiny.loss), (None, 0, 0))
+    counts, totals = np.zeros(5), np.zeros((5, 5))
+    for step in run.trajectory():
+        grads = np.asarray(grad(step.state.params, step.batch, step.keys[1])["out"])
+        for label, row in zip(labels[np.asarray(step.ids)], grads.reshape(-1, 5), strict=True):
+            counts[label] += 1
+            totals[label] += row > 0
+    expected = (totals / counts[:, None]).astype(np.float32)
+    assert len(np.unique(counts)) > 1 and np.abs(found - expected).max() < 1e-6
+
+
 def test_explaining_names_segments_tensors_and_what_the_log_answers_alone(small):
     run = small.run
     told = run.sample_grads.sel(step=slice(9, 12)).max().explain()

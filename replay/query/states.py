@@ -194,10 +194,9 @@ def _final_mean(state: Any, xp: Any) -> dict[str, Any]:
 
 
 def _share(state: Any, xp: Any) -> dict[str, Any]:
-    like = xp.zeros((), np.float32)
-    total, count = (_number(x, xp, like) for x in state)
+    total = _read_count(state[0], xp).astype(np.float32)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return {"value": total / count}
+        return {"value": total / _number(state[1], xp, total)}
 
 
 # Of truth values: whole numbers are added faster, and do not stop at 2**24.

@@ -35,7 +35,8 @@ from replay.trajectory import (
 )
 from replay.worker import RemoteEngine, settable
 
-LATE = 16  # steps whose losses are compared together
+LATE = 16  # steps whose losses are compared together, so many that nobody waits for each
+AHEAD_BYTES = 2**27  # of states that are queued meanwhile: where one is large, nobody runs ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +275,7 @@ class Replayer:
         held = engine.load(leaves)
         for executed in self._execute(engine, held, start, state):
             held = executed.after
-            walk.check(executed, engine, late=LATE)
+            walk.check(executed, engine, late=self._late)
         walk.finish()
         if walk.divergence is not None:
             if exact:
@@ -301,7 +302,7 @@ class Replayer:
         engine = self.engine(anchor, keep=keep, observed=True)
         held = engine.load(self.stored(anchor))
         walk, deviation = _Walk(self._log, anchor), 0.0
-        waits = (LATE if exact else 1) if late else 0
+        waits = (self._late if exact else 1) if late else 0
         stored = sorted(s for s in self._log.durable.checkpoints if anchor < s < stop)
         edges = [anchor, *stored, stop]
         for a, b in zip(edges, edges[1:], strict=False):
@@ -371,7 +372,7 @@ class Replayer:
         walk = _Walk(self._log, start)
         for executed in self._execute(engine, held, start, stop):
             held = executed.after
-            walk.check(executed, engine, late=LATE)
+            walk.check(executed, engine, late=self._late)
             progress(executed.count)
         walk.finish()
         divergence = walk.divergence
@@ -484,6 +485,12 @@ class Replayer:
         """Return the numbers of leaves that do not agree with the digest of a stored state."""
         logged = np.frombuffer(self._log.durable.digests[state], np.uint32).reshape(-1, 2)
         return np.flatnonzero((logged != lanes).any(axis=1)).tolist()
+
+    @functools.cached_property
+    def _late(self) -> int:
+        """How many steps may be under way before anybody waits for their losses."""
+        size = sum(leaf.nbytes for leaf in self._log.header.signature.state)
+        return max(1, min(LATE, AHEAD_BYTES // max(size, 1)))
 
     def _agrees(self, walk: "_Walk", exact: bool) -> bool:
         walk.finish()

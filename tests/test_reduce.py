@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import compile_once  # noqa: F401  # the fixture is there for who imports it
 
 import replay
-from replay import reductions
+from replay import reductions, replaying
 from replay.grads.reductions import BLOCK_STEPS, Blocks
 from replay.journal import frame, only_frame
 from replay.log import HEADER
@@ -412,8 +412,11 @@ def test_weights_that_are_joined_before_they_meet_the_data_keep_factors_of_their
     close(found.answers[0], jax.tree.map(lambda *parts: sum(parts), *squares))
 
 
-@pytest.mark.parametrize("step", [5, tiny.STEPS - 1])
-def test_losses_that_depart_from_the_log_are_noticed_before_there_is_an_answer(tmp_path, step):
+@pytest.mark.parametrize(("step", "ahead"), [(5, 2**27), (tiny.STEPS - 1, 2**27), (5, 0)])
+def test_losses_that_depart_from_the_log_are_noticed_before_there_is_an_answer(
+    tmp_path, monkeypatch, step, ahead
+):
+    monkeypatch.setattr(replaying, "AHEAD_BYTES", ahead)  # 0: nobody runs ahead of the device
     run = tiny.record(tmp_path / "run")
     changed = replay.open(run.path)
     column = changed.log.column

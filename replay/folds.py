@@ -23,6 +23,7 @@ from replay.local import Local
 from replay.query.nodes import RAGGED, Node, Part, Reduce, Scan
 from replay.reducing import (
     EARLY,
+    Kind,
     blank_state,
     dtype_of,
     finished,
@@ -68,6 +69,14 @@ class Asked(NamedTuple):
     index: Evidence | None = None
 
 
+@functools.lru_cache(maxsize=4096)
+def _bytes(kind: Kind, dtype: str, weights: int) -> int:
+    """Return the bytes of the state of a reduction that keeps so many weights."""
+    of = jnp.dtype(dtype)
+    state = jax.eval_shape(lambda: kind.of(of).init((weights,), of))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
 _copied = jax.jit(lambda leaves: [jnp.copy(leaf) for leaf in leaves])
 
 
@@ -102,12 +111,7 @@ class Fold(Root):
         signature = self._asked.observers.signature
         dtypes = [jnp.dtype(signature.state[i].dtype) for i in signature.weights]
         dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
-        one, two = (
-            sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(
-                jax.eval_shape(lambda n=n: kind.of(dtype).init((n,), dtype))
-            ))
-            for n in (1, 2)
-        )  # fmt: skip
+        one, two = (_bytes(kind, str(dtype), n) for n in (1, 2))
         kept = math.prod(count(dim) for dim in shape.kept if dim != "weight")
         return (two - one) * kept * (kind.groups if shape.rows else 1)
 

@@ -35,6 +35,7 @@ from replay.reducing import (
     stepper,
 )
 from replay.replaying import Replayer
+from replay.tree import copies
 from replay.values import Value, fused, joined, none_of, of_part, on_host, stacked
 
 # Steps whose values are folded into a state by one call.
@@ -77,7 +78,7 @@ def _bytes(kind: Kind, dtype: str, weights: int) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
-_copied = jax.jit(lambda leaves: [jnp.copy(leaf) for leaf in leaves])
+_copied = jax.jit(copies)
 
 
 class Fold(Root):

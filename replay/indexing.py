@@ -19,7 +19,7 @@ from replay import bounds
 from replay.artifact import Signature
 from replay.bounds import EDGES
 from replay.store import ArraySpec, rows
-from replay.tree import Leaf
+from replay.tree import Leaf, copies
 
 LEVELS = ("off", "scalars", "rows", "weights")
 
@@ -190,12 +190,11 @@ def _programs(level: str, signature: Signature) -> tuple[Any, Any, Any]:
     leaves = tensors(signature)
     known = tuple(leaf.dtype in OBSERVED for leaf in leaves)
     given, grads = [leaf.struct for leaf in leaves], [leaf.struct for leaf in signature.grads]
-    copy = jax.jit(lambda weights: [jnp.copy(w) for w in weights])
     start = jax.jit(functools.partial(_start, level))
     take = jax.jit(functools.partial(_take, level, known), donate_argnums=(0, 1))
     running = jax.eval_shape(start, given)
     return (
-        copy.lower(given).compile(),
+        jax.jit(copies).lower(given).compile(),
         start.lower(given).compile(),
         take.lower(given, running, given, grads).compile(),
     )

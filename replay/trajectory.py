@@ -22,7 +22,7 @@ from replay.data import Data, checksum
 from replay.errors import DataError
 from replay.identity import fingerprint, settings_here, sha256
 from replay.log import Log
-from replay.tree import Leaf
+from replay.tree import Leaf, copies
 
 
 class Stretch(NamedTuple):
@@ -226,7 +226,7 @@ def _of_states(leaves: tuple[Leaf, ...]) -> tuple[Callable[..., Any], Callable[.
     that a program returns: the second time in the middle of the training.
     """
     state = [leaf.struct for leaf in leaves]
-    copy = jax.jit(_copies)
+    copy = jax.jit(copies)
     return jax.jit(fingerprint).lower(state).compile(), copy.lower(state).compile()
 
 
@@ -234,11 +234,7 @@ def _of_states(leaves: tuple[Leaf, ...]) -> tuple[Callable[..., Any], Callable[.
 def _copier(leaves: tuple[Leaf, ...]) -> Callable[..., Any]:
     """Return what copies a state into the memory of another."""
     state = [leaf.struct for leaf in leaves]
-    return jax.jit(_copies, donate_argnums=1, keep_unused=True).lower(state, state).compile()
-
-
-def _copies(leaves: Sequence[jax.Array], into: Sequence[jax.Array] = ()) -> list[jax.Array]:
-    return [jnp.copy(leaf) for leaf in leaves]
+    return jax.jit(copies, donate_argnums=1, keep_unused=True).lower(state, state).compile()
 
 
 class _Rows(NamedTuple):

@@ -115,3 +115,8 @@ def nest(paths: Sequence[str], leaves: Sequence[Any]) -> Any:
             )
         node[name] = leaf
     return root
+
+
+def copies(leaves: Sequence[jax.Array], into: Sequence[jax.Array] = ()) -> list[jax.Array]:
+    """Copy arrays, to be jitted: into the memory of others, where those are donated."""
+    return [jnp.copy(leaf) for leaf in leaves]

@@ -349,19 +349,11 @@ def reduce_now(node: Reduce, local: Any, xp: Any) -> Value:
 
 def _exact_quantiles(node, shapes, values, valid, xp) -> Value:
     _, result_dims = layouts(node)
-    q = node.options["q"]
-    arranged, masks = [], []
-    for i, shape in enumerate(shapes):
-        x, _ = shape.arrange(jnp.asarray(fused(node.child)[1](of_part(values, i))))
-        arranged.append(x)
-        masks.append(
-            jnp.ones(x.shape[-1], bool)
-            if valid is None
-            else jnp.repeat(jnp.asarray(valid), x.shape[-1] // len(valid))
-        )
-    if node.by is None and "weight" in node.over:
-        arranged, masks = [jnp.concatenate(arranged, -1)], [jnp.concatenate(masks, -1)]
-    found = [xp.asarray(_quantiles(x, m, q)) for x, m in zip(arranged, masks, strict=True)]
+    formula, q = fused(node.child)[1], node.options["q"]
+    arranged = [_arranged(formula, shape)(of_part(values, i)) for i, shape in enumerate(shapes)]
+    together = node.by is None and "weight" in node.over
+    found = _quantiles([arranged] if together else [[x] for x in arranged], valid, q)
+    found = [xp.asarray(x) for x in found]
     if node.by is not None:
         found, result_dims = [xp.stack(found)], ("tensor", *result_dims)
     wanted = ordered(result_dims)
@@ -369,4 +361,20 @@ def _exact_quantiles(node, shapes, values, valid, xp) -> Value:
     return Value(wanted, [x.transpose(order) for x in found])
 
 
-_quantiles = functools.partial(jax.jit, static_argnums=2)(states.quantiles)
+@functools.lru_cache(maxsize=4096)
+def _arranged(formula: Formula | Given, shape: Shape) -> Callable[..., Any]:
+    return jax.jit(lambda arrays: shape.arrange(jnp.asarray(formula(arrays)))[0])
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _quantiles(several, valid, q):
+    """Return the quantiles of each of several arrays that come in parts along the last axis."""
+
+    def mask(x):
+        n = x.shape[-1]
+        return jnp.ones(n, bool) if valid is None else jnp.repeat(valid, n // len(valid))
+
+    return [
+        states.quantiles(jnp.concatenate(parts, -1), jnp.concatenate([mask(x) for x in parts]), q)
+        for parts in several
+    ]

@@ -880,6 +880,29 @@ def test_quantiles_over_steps_are_within_one_part_in_128_of_a_value_that_is_ther
         np.testing.assert_allclose(by_label["value"].values[name], wanted, rtol=1 / 128)
 
 
+@pytest.mark.parametrize("case", ["normal", "ties", "infinite", "zeros", "none valid", "NaN"])
+def test_quantiles_that_are_selected_are_those_of_the_sorted_array(case):
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(3, 2, 101)).astype(np.float32)
+    x = {
+        "ties": np.round(x),
+        "infinite": np.where(abs(x) > 1, np.inf * x, x),
+        "zeros": np.where(abs(x) < 1, np.copysign(np.float32(0), x), x),
+        "NaN": np.where(x == x[1].max(), np.float32(np.nan), x),
+    }.get(case, x)
+    valid = np.zeros(101, bool) if case == "none valid" else rng.random(101) < 0.8
+    valid |= np.isnan(x).any((0, 1))
+    q = (0.0, 0.1, 0.25, 0.5, 0.731, 0.999, 1.0)
+    few = np.asarray(jax.jit(states.quantiles, static_argnums=2)(x, valid, q))
+    many = np.asarray(jax.jit(states.quantiles, static_argnums=2)(x, valid, 3 * q))[..., : len(q)]
+    assert few.shape == (3, 2, len(q))
+    assert np.array_equal(few, many, equal_nan=True)
+    assert np.isnan(few).all() == (case == "none valid")
+    if case in ("normal", "ties", "zeros"):
+        wanted = np.moveaxis(np.quantile(x[..., valid].astype(np.float64), q, axis=-1), 0, -1)
+        np.testing.assert_allclose(few, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("which", "by"),
     [

@@ -24,7 +24,7 @@ from replay.cache import Cache, Cell
 from replay.cells import Root
 from replay.errors import Grade, QueryError
 from replay.folds import Asked, Collected, Fold, Labelled, Sampled, keys_of, rule_of
-from replay.frames import FEW_WEIGHTS, Frame
+from replay.frames import FEW_WEIGHTS, Frame, few
 from replay.local import Everything, Known, Local, among
 from replay.narrowing import Narrowed, narrowed
 from replay.query import states
@@ -48,6 +48,7 @@ from replay.tiles import Sparing, Tiled
 from replay.values import Value, aligned, none_of, on_host, stacked, without_walk
 
 MEMORY = 2**30
+LOOK = 4  # steps after which somebody looks, and waits, whether a question is answered
 _KEPT = (Grade.BITWISE, Grade.UNAUDITED)  # and kept with their answers
 
 
@@ -644,15 +645,14 @@ class Execution:
         passed, reached = planning.union(cuts)
         lags: dict[Node, dict] = {node: {} for node in roots}
         scans = [scan for left in cuts for scan in left.scans()]
-        walks = [
-            self._frames(
-                name, passed, reached, keep=any(s.run == name and _needs_state(s) for s in scans)
-            )
-            for name in names
-        ]
+        walks = []
+        for name in names:
+            look = few(self.runs[name].observers, [scan for scan in scans if scan.run == name])
+            walks.append(self._frames(name, passed, reached, look))
         early, done = all(map(planning.stops_early, roots)), set()
+        every = min([LOOK, *(self.runs[name].replayer.ahead for name in names)])
 
-        def look() -> bool:
+        def answered() -> bool:
             """Leave roots alone whose answer is known, and tell whether that is all of them."""
             for node in (node for node in roots if node not in done and roots[node].done()):
                 done.add(node)
@@ -665,9 +665,9 @@ class Execution:
             if early:
                 for node, course in courses.items():
                     course.before(min(wanted[node][0]) if node in wanted else None)
-                if look() or not cuts:
+                if answered() or not cuts:
                     walks = []
-            for frames in zip(*walks, strict=True):
+            for count, frames in enumerate(zip(*walks, strict=True), 1):
                 step, replayed = frames[0].step, frames[0].replayed
                 here = dict(zip(names, frames, strict=True))
                 for node, (steps, looked, walked) in wanted.items():
@@ -678,7 +678,7 @@ class Execution:
                         courses[node].before(step)
                         roots[node].take(local)
                     local.remember(planning.below(node))
-                if early and look():
+                if early and count % every == 0 and answered():
                     shown = [frame.replayed for frame in frames if frame.replayed is not None]
                     if not all(replayed.agrees() for replayed in shown):
                         self.grade = self.grade & Grade.NUMERIC
@@ -693,11 +693,15 @@ class Execution:
         keeper.audited(self._verified)
 
     def _frames(
-        self, name: str, steps: np.ndarray, reached: np.ndarray, *, keep: bool = True
+        self,
+        name: str,
+        steps: np.ndarray,
+        reached: np.ndarray,
+        look: Callable[[Sequence[Any]], Any] | None = None,
     ) -> Generator[Frame]:
         """Yield a frame for every step and state that is asked about, ascending.
 
-        Without `keep` steps have no state before them, which takes less time.
+        Of states it has what `look` takes from them, which takes less time than to keep all.
         """
         asked = self.runs[name]
         frame = functools.partial(Sparing, memory=self._memory // 4)
@@ -711,7 +715,7 @@ class Execution:
                 continue
             last = None
             walk = asked.replayer.steps(
-                span.start, span.stop, exact=self._exact, late=True, keep=keep
+                span.start, span.stop, exact=self._exact, late=True, look=look
             )
             try:
                 for replayed in walk:
@@ -751,11 +755,6 @@ class Execution:
                 lags[this] = (0, local.value(this.child))
             stack += this.children
         return local
-
-
-def _needs_state(scan: Scan) -> bool:
-    """Whether a quantity of a step is made of the state before it."""
-    return bool(scan.source) or scan.quantity not in ("grads", "samples", "sample_losses", "column")
 
 
 def _not_kept(number: int, key: int, cell: Cell) -> None:

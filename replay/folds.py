@@ -35,7 +35,6 @@ from replay.reducing import (
     stepper,
 )
 from replay.replaying import Replayer
-from replay.tree import copies
 from replay.values import Value, fused, joined, none_of, of_part, on_host, stacked
 
 # Steps whose values are folded into a state by one call.
@@ -78,9 +77,6 @@ def _bytes(kind: Kind, dtype: str, weights: int) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
-_copied = jax.jit(copies)
-
-
 class Fold(Root):
     """The running state of one root that reduces steps."""
 
@@ -117,7 +113,7 @@ class Fold(Root):
         return (two - one) * kept * (kind.groups if shape.rows else 1)
 
     def done(self) -> bool:
-        """Whether no later step can change the answer, as far as was known when last asked.
+        """Whether no later step can change the answer, as far as is known before the last step.
 
         So nobody waits for the step that has just begun.
         """
@@ -127,11 +123,9 @@ class Fold(Root):
         apart = self.node.by is not None or not set(RAGGED) & set(self.node.over)
         several = len(self._shapes) > 1 and apart
         closed = [leaf for key in self.keys() for part in self.found(key) for leaf in part]
-        found = [*jax.tree.leaves(self._states), *closed]
+        found = [*self._looked, *closed]
         if several or not found or max(x.size for x in found) > 1:
             return False
-        if self._states:  # copies, as the next step takes the state
-            found, self._looked = self._looked, _copied(found)
         if self.node.how == "first":
             return any(np.asarray(x) >= 0 for x in found)
         return any(map(np.asarray, found))
@@ -191,6 +185,9 @@ class Fold(Root):
             self._states[key] = [
                 init(of_part(values, i)) for i, (init, *_) in enumerate(self._programs)
             ]
+            if self.node.how in EARLY:  # `done` looks at what is so small when the next is made
+                small = all(x.size <= 1 for x in jax.tree.leaves(self._states))
+                self._programs = [stepper(self.node, x, donate=not small) for x in self._shapes]
         if self._together > 1:
             # Which steps go together is a matter of their numbers alone.
             if self._waiting and (key, local.step // self._together) != (
@@ -200,6 +197,8 @@ class Fold(Root):
             self._waiting.append((key, local.step, values))
             return
         states = self._states[key]
+        if self.node.how in EARLY:
+            self._looked = jax.tree.leaves(states)
         for i, (_, step, _) in enumerate(self._programs):
             arrays = of_part(values, i)
             states[i] = step(states[i], arrays, np.int32(local.step), valid, groups)

@@ -6,7 +6,7 @@ handed on as it is; everything else comes from the run's archived programs.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,6 +70,12 @@ class Observers:
         """
         return self._gradients()
 
+    def leaf(self, scan: Scan, part: Part) -> int:
+        """Return the number of the leaf of the state that a tensor of a quantity is."""
+        if scan.quantity == "opt_state":
+            return self.number[f"opt_state/{part.path}"]
+        return self.weights[part.path]
+
     def key(self, step: int) -> np.ndarray:
         """Return the key data of the run, or of the ancestor of a fork, that a step folds."""
         return np.asarray(self.log.origin(step).header.key, np.uint32)
@@ -117,18 +123,59 @@ class Observers:
         return [leaf["name"] for leaf in entry["table"]] if entry else []
 
 
+class Few(dict[tuple[int, Sequence[int]], Any]):
+    """Chosen weights of a state: (number of the leaf, indices) -> `[weights]`."""
+
+
+def few(
+    observers: Observers, scans: Iterable[Scan]
+) -> Callable[[Sequence[Any]], Few | None] | None:
+    """Return what takes from a state all that quantities are made of, so that no step keeps it.
+
+    None where they need whole tensors of it.
+    """
+    wanted: set[tuple[int, Sequence[int]]] = set()
+    for scan in scans:
+        if scan.source:
+            return None
+        if scan.quantity in _OF_NO_STATE:
+            continue
+        whole = any(not isinstance(part.indices, tuple) for part in scan.tensors)
+        if whole or scan.quantity not in ("weights", "updates", "opt_state"):
+            return None
+        wanted |= {(observers.leaf(scan, part), part.indices or ()) for part in scan.tensors}
+    if not wanted:
+        return lambda leaves: None
+    keys = sorted(wanted)
+    indices = tuple(chosen for _, chosen in keys)
+
+    def take(leaves: Sequence[Any]) -> Few:
+        found = _all_taken([leaves[number] for number, _ in keys], indices)
+        return Few(zip(keys, found, strict=True))
+
+    return take
+
+
+# Quantities of a step that look at no weight.
+_OF_NO_STATE = ("grads", "samples", "sample_losses", "column")
+
+
 class Frame:
     """A step as observers see it, or, without inputs, only a state.
 
     Args:
         observers: of its run.
         step: its number; that of the state where there is no step.
-        before: leaves of the state.
+        before: leaves of the state, or what is to be looked at of them.
         replayed: the step; None for a state alone.
     """
 
     def __init__(
-        self, observers: Observers, step: int, before: Sequence[Any], replayed: Replayed | None
+        self,
+        observers: Observers,
+        step: int,
+        before: Any,
+        replayed: Replayed | None,
     ):
         self.observers, self.step, self.before, self.replayed = observers, step, before, replayed
         self._known: dict[Any, Any] = {}
@@ -160,19 +207,17 @@ class Frame:
 
     # ---- of the run itself
 
-    def _leaves(self, offset: int) -> Sequence[Any]:
-        if not offset:
-            return self.before
-        assert self.replayed is not None
-        return self.replayed.executed.after
-
     def _weights(self, scan, part, offset):
-        return _choose(self._leaves(offset)[self.observers.weights[part.path]], part.indices)
+        leaves = self.before
+        if offset:
+            assert self.replayed is not None
+            leaves = self.replayed.executed.after
+        number = self.observers.leaf(scan, part)
+        if isinstance(leaves, Few):
+            return leaves[number, part.indices]
+        return _choose(leaves[number], part.indices)
 
-    def _opt_state(self, scan, part, offset):
-        return _choose(
-            self._leaves(offset)[self.observers.number[f"opt_state/{part.path}"]], part.indices
-        )
+    _opt_state = _weights
 
     def _grads(self, scan, part, offset):
         assert self.replayed is not None
@@ -180,8 +225,7 @@ class Frame:
         return _choose(grads[self.observers.tensor[part.path]], part.indices)
 
     def _updates(self, scan, part, offset):
-        before, after = (self._leaves(k)[self.observers.weights[part.path]] for k in (0, 1))
-        return _choose(_difference(after, before), part.indices)
+        return _difference(*(self._weights(scan, part, k) for k in (1, 0)))
 
     def _samples(self, scan, part, offset):
         return jnp.asarray(self.ids)
@@ -392,6 +436,11 @@ def _choose_rows(value, indices):
 @functools.partial(jax.jit, static_argnums=1)
 def _taken(value, indices):
     return value.reshape(-1)[np.asarray(indices, np.int32)]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _all_taken(leaves, indices):
+    return [_taken(x, chosen) for x, chosen in zip(leaves, indices, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -74,12 +74,8 @@ class Local:
 
     def remember(self, node: Node) -> None:
         """Keep, for the next step, what lags below a node look back at."""
-        found, stack = {}, [node]
-        while stack:
-            this = stack.pop()
-            if isinstance(this, Lag) and self.step in this.child.steps:
-                found[this] = (self.step, self.value(this.child))
-            stack += [child for child in this.children if child.walked]
+        lags = [lag for lag in planning.lags(node) if self.step in lag.child.steps]
+        found = {lag: (self.step, self.value(lag.child)) for lag in lags}
         self._lags |= found  # at last, as a difference of differences looks back within
 
     def valid(self, node: Node) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Which steps a question replays, from which stored states: pure, and told before anything runs."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -128,16 +130,16 @@ def replayed(node: Node) -> bool:
     return any(scan.quantity not in LOGGED for scan in node.scans())
 
 
+@functools.lru_cache(maxsize=1024)
+def lags(node: Node) -> tuple[Lag, ...]:
+    """Return what looks back at an earlier step, along a replay for a node."""
+    below = (lags(child) for child in node.children if child.walked == node.walked)
+    return (*((node,) if isinstance(node, Lag) else ()), *itertools.chain(*below))
+
+
 def earlier(node: Node) -> np.ndarray:
     """Return all steps at which something below a node is looked at, those of lags included."""
-    found = [node.steps]
-    stack: list[Node] = [node]
-    while stack:
-        this = stack.pop()
-        if isinstance(this, Lag):
-            found.append(this.child.steps)
-        stack += [child for child in this.children if child.walked == node.walked]
-    return _together(found)
+    return _together([node.steps, *(lag.child.steps for lag in lags(node))])
 
 
 def spans(checkpoints: Sequence[int], steps: np.ndarray, states: np.ndarray) -> list[Span]:

@@ -113,6 +113,8 @@ def layouts(node: Reduce) -> tuple[list[Shape], tuple[str, ...]]:
 
 # Reductions whose answer may be known before the last step.
 EARLY = ("first", "any")
+# Tensors that share an executable, where that cannot touch a bit of their answer.
+SHARED = 16
 
 
 class Kind(NamedTuple):
@@ -143,18 +145,21 @@ def kind_of(node: Reduce) -> Kind:
     return Kind(node.how, node.settings, by, groups, bool(set(RAGGED) & set(node.over)))
 
 
-def stepper(node: Reduce, shape: Shape) -> tuple[Callable, Callable, Callable]:
+def stepper(
+    node: Reduce, shape: Shape, *, donate: bool = True
+) -> tuple[Callable, Callable, Callable]:
     """Return how a state begins and grows.
 
     `init(arrays) -> state`, `step(state, arrays, step, valid, groups) -> state`, and the same for a
-    few steps one after the other, `many(state, [arrays, ...], steps) -> state`.
+    few steps one after the other, `many(state, [arrays, ...], steps) -> state`. These take the
+    memory of the state, unless `donate` is false.
     """
-    return _stepper(kind_of(node), fused(ranked(node))[1], shape)
+    return _stepper(kind_of(node), fused(ranked(node))[1], shape, donate)
 
 
 @functools.lru_cache(maxsize=4096)
 def _stepper(
-    kind: Kind, formula: Formula | Given, shape: Shape
+    kind: Kind, formula: Formula | Given, shape: Shape, donate: bool
 ) -> tuple[Callable, Callable, Callable]:
     def arranged(arrays):
         x = formula(arrays)
@@ -207,15 +212,21 @@ def _stepper(
 
     # A blank state is committed to a device, as what a step returns: `jit` compiles that once.
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    taken = (0,) if donate else ()
     begin = jax.jit(init, out_shardings=here)
-    return begin, jax.jit(step, donate_argnums=0), jax.jit(many, donate_argnums=0)
+    return begin, jax.jit(step, donate_argnums=taken), jax.jit(many, donate_argnums=taken)
 
 
 @functools.lru_cache(maxsize=4096)
-def _once(kind: Kind, formula: Formula | Given, shape: Shape) -> Callable[..., Any]:
-    """Return `state(arrays, step, valid, groups)` of a reduction that begins and ends with it."""
-    init, step, _ = _stepper(kind, formula, shape)
-    return jax.jit(lambda arrays, *more: step(init(arrays), arrays, *more))
+def _once(kind: Kind, formula: Formula | Given, shapes: tuple[Shape, ...]) -> Callable[..., Any]:
+    """Return `states(arrays of each part, step, valid, groups)` that begin and end with a step."""
+    programs = [_stepper(kind, formula, shape, True) for shape in shapes]
+
+    def states(parts, *more):
+        each = zip(programs, parts, strict=True)
+        return [step(init(arrays), arrays, *more) for (init, step, _), arrays in each]
+
+    return jax.jit(states)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -336,10 +347,13 @@ def reduce_now(node: Reduce, local: Any, xp: Any) -> Value:
     if node.how == "quantile" and groups is None and (not node.by or node.by.kind == "tensor"):
         return _exact_quantiles(node, shapes, values, valid, xp)
     kind, formula = kind_of(node), fused(ranked(node))[1]
-    per_part = [
-        _once(kind, formula, shape)(of_part(values, i), np.int32(local.step), valid, groups)
-        for i, shape in enumerate(shapes)
-    ]
+    size = SHARED if kind.of(dtype).exact and formula.fixed else 1
+    per_part = []
+    for first in range(0, len(shapes), size):
+        some = shapes[first : first + size]
+        parts = [of_part(values, first + i) for i in range(len(some))]
+        run = _once(kind, formula, tuple(some))
+        per_part += run(parts, np.int32(local.step), valid, groups)
     if xp is np or node.how == "quantile":
         return finished(node, result_dims, per_part, dtype, xp)
     data, fields = _reader(kind, result_dims, dtype)(per_part)

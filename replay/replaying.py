@@ -144,7 +144,8 @@ class Replayed(NamedTuple):
     """One replayed step, raw.
 
     Attributes:
-        executed: what the engine computed; `before` and `grads` are kept.
+        executed: what the engine computed; `before` and `grads` are kept, or of states what was
+            looked at.
         ids: `int32[batch]`.
         weights: `float32[batch]`.
         batch: leaves `[batch, ...]`.
@@ -275,7 +276,7 @@ class Replayer:
         held = engine.load(leaves)
         for executed in self._execute(engine, held, start, state):
             held = executed.after
-            walk.check(executed, engine, late=self._late)
+            walk.check(executed, engine, late=self.ahead)
         walk.finish()
         if walk.divergence is not None:
             if exact:
@@ -284,25 +285,34 @@ class Replayer:
         return [np.asarray(leaf) for leaf in engine.fetch(held)]
 
     def steps(
-        self, start: int, stop: int, *, exact: bool = True, late: bool = False, keep: bool = True
+        self,
+        start: int,
+        stop: int,
+        *,
+        exact: bool = True,
+        late: bool = False,
+        look: Callable[[Sequence[Any]], Any] | None = None,
     ) -> Generator[Replayed]:
         """Replay steps `[start, stop)` for somebody who looks at each.
 
         With `exact`, the first difference raises. Without, it is a warning, every stored state on
         the way replaces the replayed one, and the deviation met there is reported with the later
         steps. With `late` the losses of some steps are compared together, when later ones are under
-        way: for who shows nothing before the end, and asks `agrees` where they end early. Without
-        `keep` each step takes the memory of the state before it, which nobody sees then.
+        way: for who shows nothing before the end, and asks `agrees` where they end early. With
+        `look`, what it takes from a state stands in its place, and each step takes the memory of
+        the state before it.
         """
         if stop <= start:
             return
         self.anchor(stop)
         anchor = self.anchor(start)
         signature = self._log.header.signature
+        keep = look is None
         engine = self.engine(anchor, keep=keep, observed=True)
         held = engine.load(self.stored(anchor))
+        seen = look(held) if look is not None else None
         walk, deviation = _Walk(self._log, anchor), 0.0
-        waits = (self._late if exact else 1) if late else 0
+        waits = (self.ahead if exact else 1) if late else 0
         stored = sorted(s for s in self._log.durable.checkpoints if anchor < s < stop)
         edges = [anchor, *stored, stop]
         for a, b in zip(edges, edges[1:], strict=False):
@@ -321,6 +331,9 @@ class Replayer:
                         raise self._diverged(walk.divergence)
                     if walk.divergence is not None and not deviation:
                         deviation = float("nan")
+                    if look is not None and executed.start + 1 >= start:
+                        before, seen = seen, look(held)
+                        executed = executed._replace(before=before, after=seen)
                     if executed.start >= start:
                         weights = ones if stretch.weights is None else stretch.weights[row]
                         batch = [leaf[row] for leaf in stretch.batch]
@@ -338,6 +351,7 @@ class Replayer:
                 found = found or np.nextafter(0.0, 1.0)  # the losses differed: not every bit agrees
                 deviation = found if deviation != deviation else max(deviation, found)
                 held = engine.load(self.stored(b))
+                seen = look(held) if look is not None else None
                 walk = _Walk(self._log, b)
             warnings.warn(f"not every step is exact: {divergence}", stacklevel=3)
 
@@ -372,7 +386,7 @@ class Replayer:
         walk = _Walk(self._log, start)
         for executed in self._execute(engine, held, start, stop):
             held = executed.after
-            walk.check(executed, engine, late=self._late)
+            walk.check(executed, engine, late=self.ahead)
             progress(executed.count)
         walk.finish()
         divergence = walk.divergence
@@ -487,8 +501,8 @@ class Replayer:
         return np.flatnonzero((logged != lanes).any(axis=1)).tolist()
 
     @functools.cached_property
-    def _late(self) -> int:
-        """How many steps may be under way before anybody waits for their losses."""
+    def ahead(self) -> int:
+        """How many steps may be under way before anybody waits for them."""
         size = sum(leaf.nbytes for leaf in self._log.header.signature.state)
         return max(1, min(LATE, AHEAD_BYTES // max(size, 1)))
 

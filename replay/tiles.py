@@ -289,14 +289,12 @@ class Sparing(Frame):
     Args:
         observers: of the run.
         step: its number; that of the state where there is no step.
-        before: leaves of the state.
+        before: leaves of the state, or what is to be looked at of them.
         replayed: the step; None for a state alone.
         memory: bytes that are multiplied out at once; one sample at least.
     """
 
-    def __init__(
-        self, observers: Observers, step: int, before: Sequence[Any], replayed: Any, *, memory: int
-    ):
+    def __init__(self, observers: Observers, step: int, before: Any, replayed: Any, *, memory: int):
         super().__init__(observers, step, before, replayed)
         self._memory = memory
 

@@ -39,6 +39,15 @@ def without_walk(dims: Sequence[str]) -> tuple[str, ...]:
     return tuple(dim for dim in dims if dim not in ("step", "state"))
 
 
+# Functions of elements without a product: whatever else an executable computes, and however it
+# is fused, IEEE 754 fixes each of their results, as no product is contracted with a sum.
+FIXED = frozenset(
+    "abs absolute add subtract positive negative sign minimum maximum fmin fmax rint floor ceil "
+    "trunc isnan isinf isfinite signbit clip where less less_equal greater greater_equal equal "
+    "not_equal logical_and logical_or logical_xor logical_not".split()
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Given:
     """A starting value of a formula.
@@ -52,6 +61,7 @@ class Given:
     number: int
     dims: tuple[str, ...]
     ragged: bool
+    fixed = True
 
     def __call__(self, arrays: Sequence[Any]) -> Any:
         """Return it."""
@@ -74,6 +84,12 @@ class Formula:
     arguments: tuple[Any, ...]
     dims: tuple[str, ...]
     constants: str
+
+    @property
+    def fixed(self) -> bool:
+        """Whether its bits are the same in any executable."""
+        of = (x for x in self.arguments if isinstance(x, Formula | Given))
+        return self.function in FIXED and all(x.fixed for x in of)
 
     def __call__(self, arrays: Sequence[Any]) -> Any:
         """Return the value for starting values, the arrays of one tensor."""

@@ -420,7 +420,7 @@ def test_losses_that_depart_from_the_log_are_noticed_before_there_is_an_answer(
     run = tiny.record(tmp_path / "run")
     changed = replay.open(run.path)
     column = changed.log.column
-    assert changed._replayer._late == (replaying.LATE if ahead else 1)
+    assert changed._replayer.ahead == (replaying.LATE if ahead else 1)
 
     def one_other(name, start, stop):
         values = np.array(column(name, start, stop))

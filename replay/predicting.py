@@ -23,8 +23,8 @@ from replay.frames import FEW_WEIGHTS
 from replay.grads.reductions import BLOCK_STEPS
 from replay.log import Log
 from replay.prices import RANKS, Price, of_program, prices
+from replay.query import states
 from replay.query.nodes import RAGGED, WALKED, Among, Map, Node, Part, Pick, Reduce, Scan
-from replay.query.states import BUCKETS
 from replay.reducing import EARLY, kind_of, layouts, ranked
 from replay.values import fused, without_walk
 
@@ -327,8 +327,10 @@ class _Walk:
         for shape, (layout, part) in self._shapes(node):
             key = ("once", kind, formula, layout, shape)
             if exact:
-                self._loads.add(key, "sort", self._looked, self._size(node.child, part))
-                self._loads.add(("arranged", shape), "eager", 10 * self._looked, 0)
+                size = self._size(node.child, part)
+                several = min(len(node.options["q"]), states.SELECTED)
+                self._loads.add(key, "selected", self._looked, several * size)
+                self._loads.add(("arranged", formula, shape), "element", self._looked, size)
             else:
                 load = self._reduction(node, part, self._looked, 1)
                 self._loads.add(key, *load, compiled=ONE_STEP)
@@ -388,7 +390,7 @@ class _Walk:
                 size *= node.options["k"] / RANKS
         if how == "quantile":
             if not within:  # the counts of each weight are all read and written
-                return "element", calls, 2.0 * size * BUCKETS * steps
+                return "element", calls, 2.0 * size * states.BUCKETS * steps
             kind = "quantile within"
         return kind, calls, size * steps
 

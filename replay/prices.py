@@ -20,6 +20,7 @@ import numpy as np
 from jax import export
 
 from replay.grads.strategy import identity, recall, remember
+from replay.query import states
 from replay.query.nodes import Group, Part, Reduce, Scan
 from replay.reducing import layouts, stepper
 
@@ -65,7 +66,7 @@ PRICES = {
     "hist": Price(59e-6, 11e-9, 0.45),
     "hist within": Price(56e-6, 5.8e-9, 0.36),
     "quantile within": Price(180e-6, 1e-9, 0.25),
-    "sort": Price(7e-6, 240e-9, 0.026),
+    "selected": Price(60e-6, 12e-9, 0.12),
     "rows": Price(20e-6, 0.62e-9, 0.15),
     "eager": Price(30e-6, 0.15e-9, 0.084),
     "product": Price(13e-6, 0.014e-9, 0.014),
@@ -81,7 +82,7 @@ _OPERATION = re.compile(r"= \"?stablehlo\.(\w+)")
 
 
 def _key() -> str:
-    return identity("prices of what questions call", 1, 0, 0)
+    return identity("prices of what questions call, 2", 1, 0, 0)
 
 
 def prices() -> tuple[dict[str, Price], bool]:
@@ -216,9 +217,13 @@ def _eager(kind: str, size: int) -> tuple[Callable[[], Any], float]:
     return lambda: jnp.where(x > 0, x, jnp.nan), 2 * size
 
 
-def _sort(kind: str, size: int) -> tuple[Callable[[], Any], float]:
-    x, run = _numbers(size), jax.jit(jnp.sort)
-    return lambda: run(x), size
+def _selected(kind: str, size: int) -> tuple[Callable[[], Any], float]:
+    x, valid, run = (
+        _numbers(size),
+        jnp.ones(size, bool),
+        jax.jit(states.quantiles, static_argnums=2),
+    )
+    return lambda: run(x, valid, (0.9,)), size
 
 
 def _product(kind: str, size: int) -> tuple[Callable[[], Any], float]:
@@ -263,7 +268,7 @@ def _operation(kind: str, size: int) -> tuple[Callable[[], Any], float]:
 
 
 _WORK: dict[str, Callable[[str, int], tuple[Callable[[], Any], float]]] = {
-    "rows": _rows, "element": _element, "eager": _eager, "sort": _sort, "product": _product,
+    "rows": _rows, "element": _element, "eager": _eager, "selected": _selected, "product": _product,
     "convolved": _convolved, "operation": _operation,
 }  # fmt: skip
 

@@ -443,7 +443,7 @@ def _sketch(q: Sequence[float]) -> State:
 
 
 # Quantiles of one array that are selected; of more, the array is sorted.
-_SELECTED = 16
+SELECTED = 16
 
 
 def quantiles(x: Any, valid: Any, q: Sequence[float]) -> Any:
@@ -455,7 +455,7 @@ def quantiles(x: Any, valid: Any, q: Sequence[float]) -> Any:
     high = jnp.minimum(low + 1, jnp.maximum(n - 1, 0))
     share = _spread(at - low.astype(x.dtype), x)
     blank = jnp.where(_spread(valid, x), jnp.where(x == 0, 0, x), jnp.inf)  # -0 is 0
-    if len(q) <= _SELECTED:
+    if len(q) <= SELECTED:
         first, second = lax.map(lambda ranks: _selected(blank, *ranks), (low, high))
         first, second = jnp.moveaxis(first, 0, -1), jnp.moveaxis(second, 0, -1)
     else:

@@ -647,10 +647,11 @@ class Execution:
         scans = [scan for left in cuts for scan in left.scans()]
         walks = []
         for name in names:
-            look = few(self.runs[name].observers, [scan for scan in scans if scan.run == name])
-            walks.append(self._frames(name, passed, reached, look))
+            mine = [scan for scan in scans if scan.run == name]
+            walks.append(self._frames(name, passed, reached, few(self.runs[name].observers, mine)))
         early, done = all(map(planning.stops_early, roots)), set()
         every = min([LOOK, *(self.runs[name].replayer.ahead for name in names)])
+        look_at = 0
 
         def answered() -> bool:
             """Leave roots alone whose answer is known, and tell whether that is all of them."""
@@ -667,7 +668,7 @@ class Execution:
                     course.before(min(wanted[node][0]) if node in wanted else None)
                 if answered() or not cuts:
                     walks = []
-            for count, frames in enumerate(zip(*walks, strict=True), 1):
+            for frames in zip(*walks, strict=True):
                 step, replayed = frames[0].step, frames[0].replayed
                 here = dict(zip(names, frames, strict=True))
                 for node, (steps, looked, walked) in wanted.items():
@@ -678,7 +679,7 @@ class Execution:
                         courses[node].before(step)
                         roots[node].take(local)
                     local.remember(planning.below(node))
-                if early and count % every == 0 and answered():
+                if early and step >= look_at and (look_at := step + every) and answered():
                     shown = [frame.replayed for frame in frames if frame.replayed is not None]
                     if not all(replayed.agrees() for replayed in shown):
                         self.grade = self.grade & Grade.NUMERIC
@@ -697,16 +698,20 @@ class Execution:
         name: str,
         steps: np.ndarray,
         reached: np.ndarray,
-        look: Callable[[Sequence[Any]], Any] | None = None,
+        take: Callable[[Sequence[Any]], Any] | None = None,
     ) -> Generator[Frame]:
         """Yield a frame for every step and state that is asked about, ascending.
 
-        Of states it has what `look` takes from them, which takes less time than to keep all.
+        Of states it has what `take` takes from them, which takes less time than to keep all.
         """
         asked = self.runs[name]
         frame = functools.partial(Sparing, memory=self._memory // 4)
         either = set(steps.tolist()) | set(reached.tolist())
         only = set(reached.tolist())
+        seen = either | {step + 1 for step in steps.tolist()}
+        look = None
+        if take is not None:
+            look = lambda state, leaves: take(leaves) if state in seen else None  # noqa: E731
         for span in planning.spans(asked.catalogue.checkpoints, steps, reached):
             if not span.steps:
                 leaves = jax.device_put(asked.replayer.stored(span.start), jax.devices()[0])

@@ -187,7 +187,10 @@ class Fold(Root):
             ]
             if self.node.how in EARLY:  # `done` looks at what is so small when the next is made
                 small = all(x.size <= 1 for x in jax.tree.leaves(self._states))
-                self._programs = [stepper(self.node, x, donate=not small) for x in self._shapes]
+                self._programs = [
+                    (init, *stepper(self.node, shape, donate=not small)[1:])
+                    for (init, *_), shape in zip(self._programs, self._shapes, strict=True)
+                ]
         if self._together > 1:
             # Which steps go together is a matter of their numbers alone.
             if self._waiting and (key, local.step // self._together) != (

@@ -123,8 +123,8 @@ class Observers:
         return [leaf["name"] for leaf in entry["table"]] if entry else []
 
 
-class Few(dict[tuple[int, Sequence[int]], Any]):
-    """Chosen weights of a state: (number of the leaf, indices) -> `[weights]`."""
+class Few(dict[tuple[int, Part], Any]):
+    """Chosen weights of a state: (number of the leaf, which of it) -> `[weights]`."""
 
 
 def few(
@@ -134,7 +134,7 @@ def few(
 
     None where they need whole tensors of it.
     """
-    wanted: set[tuple[int, Sequence[int]]] = set()
+    wanted: set[tuple[int, Part]] = set()
     for scan in scans:
         if scan.source:
             return None
@@ -143,15 +143,14 @@ def few(
         whole = any(not isinstance(part.indices, tuple) for part in scan.tensors)
         if whole or scan.quantity not in ("weights", "updates", "opt_state"):
             return None
-        wanted |= {(observers.leaf(scan, part), part.indices or ()) for part in scan.tensors}
+        wanted |= {(observers.leaf(scan, part), part) for part in scan.tensors}
     if not wanted:
         return lambda leaves: None
-    keys = sorted(wanted)
-    indices = tuple(chosen for _, chosen in keys)
+    keys = list(wanted)
+    taken = _picker(tuple(part.indices or () for _, part in keys))
 
     def take(leaves: Sequence[Any]) -> Few:
-        found = _all_taken([leaves[number] for number, _ in keys], indices)
-        return Few(zip(keys, found, strict=True))
+        return Few(zip(keys, taken([leaves[number] for number, _ in keys]), strict=True))
 
     return take
 
@@ -214,7 +213,7 @@ class Frame:
             leaves = self.replayed.executed.after
         number = self.observers.leaf(scan, part)
         if isinstance(leaves, Few):
-            return leaves[number, part.indices]
+            return leaves[number, part]
         return _choose(leaves[number], part.indices)
 
     _opt_state = _weights
@@ -438,9 +437,11 @@ def _taken(value, indices):
     return value.reshape(-1)[np.asarray(indices, np.int32)]
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _all_taken(leaves, indices):
-    return [_taken(x, chosen) for x, chosen in zip(leaves, indices, strict=True)]
+@functools.lru_cache(maxsize=256)
+def _picker(indices: tuple[tuple[int, ...], ...]) -> Callable[[Sequence[Any]], list[Any]]:
+    """Return what picks weights out of several leaves, by one executable."""
+    chosen = [np.asarray(some, np.int32) for some in indices]
+    return jax.jit(lambda leaves: [x.reshape(-1)[i] for x, i in zip(leaves, chosen, strict=True)])
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -347,7 +347,8 @@ def reduce_now(node: Reduce, local: Any, xp: Any) -> Value:
     if node.how == "quantile" and groups is None and (not node.by or node.by.kind == "tensor"):
         return _exact_quantiles(node, shapes, values, valid, xp)
     kind, formula = kind_of(node), fused(ranked(node))[1]
-    size = SHARED if kind.of(dtype).exact and formula.fixed else 1
+    wide = all(x.dtype.itemsize >= 4 or x.dtype == bool for x in of_part(values, 0))
+    size = SHARED if wide and kind.of(dtype).exact and formula.fixed else 1
     per_part = []
     for first in range(0, len(shapes), size):
         some = shapes[first : first + size]
@@ -366,8 +367,8 @@ def _exact_quantiles(node, shapes, values, valid, xp) -> Value:
     formula, q = fused(node.child)[1], node.options["q"]
     arranged = [_arranged(formula, shape)(of_part(values, i)) for i, shape in enumerate(shapes)]
     together = node.by is None and "weight" in node.over
-    found = _quantiles([arranged] if together else [[x] for x in arranged], valid, q)
-    found = [xp.asarray(x) for x in found]
+    several = [arranged] if together else [[x] for x in arranged]
+    found = [xp.asarray(_quantiles(parts, valid, q)) for parts in several]
     if node.by is not None:
         found, result_dims = [xp.stack(found)], ("tensor", *result_dims)
     wanted = ordered(result_dims)
@@ -381,14 +382,12 @@ def _arranged(formula: Formula | Given, shape: Shape) -> Callable[..., Any]:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _quantiles(several, valid, q):
-    """Return the quantiles of each of several arrays that come in parts along the last axis."""
+def _quantiles(parts, valid, q):
+    """Return the quantiles of an array that comes in parts along the last axis."""
 
     def mask(x):
         n = x.shape[-1]
         return jnp.ones(n, bool) if valid is None else jnp.repeat(valid, n // len(valid))
 
-    return [
-        states.quantiles(jnp.concatenate(parts, -1), jnp.concatenate([mask(x) for x in parts]), q)
-        for parts in several
-    ]
+    masks = jnp.concatenate([mask(x) for x in parts])
+    return states.quantiles(jnp.concatenate(parts, -1), masks, q)

@@ -291,7 +291,7 @@ class Replayer:
         *,
         exact: bool = True,
         late: bool = False,
-        look: Callable[[Sequence[Any]], Any] | None = None,
+        look: Callable[[int, Sequence[Any]], Any] | None = None,
     ) -> Generator[Replayed]:
         """Replay steps `[start, stop)` for somebody who looks at each.
 
@@ -299,8 +299,8 @@ class Replayer:
         the way replaces the replayed one, and the deviation met there is reported with the later
         steps. With `late` the losses of some steps are compared together, when later ones are under
         way: for who shows nothing before the end, and asks `agrees` where they end early. With
-        `look`, what it takes from a state stands in its place, and each step takes the memory of
-        the state before it.
+        `look`, what `look(number, state)` returns stands in the place of a state, and each step
+        takes the memory of the state before it.
         """
         if stop <= start:
             return
@@ -310,7 +310,7 @@ class Replayer:
         keep = look is None
         engine = self.engine(anchor, keep=keep, observed=True)
         held = engine.load(self.stored(anchor))
-        seen = look(held) if look is not None else None
+        seen = look(anchor, held) if look is not None else None
         walk, deviation = _Walk(self._log, anchor), 0.0
         waits = (self.ahead if exact else 1) if late else 0
         stored = sorted(s for s in self._log.durable.checkpoints if anchor < s < stop)
@@ -331,8 +331,8 @@ class Replayer:
                         raise self._diverged(walk.divergence)
                     if walk.divergence is not None and not deviation:
                         deviation = float("nan")
-                    if look is not None and executed.start + 1 >= start:
-                        before, seen = seen, look(held)
+                    if look is not None:
+                        before, seen = seen, look(executed.start + 1, held)
                         executed = executed._replace(before=before, after=seen)
                     if executed.start >= start:
                         weights = ones if stretch.weights is None else stretch.weights[row]
@@ -351,7 +351,7 @@ class Replayer:
                 found = found or np.nextafter(0.0, 1.0)  # the losses differed: not every bit agrees
                 deviation = found if deviation != deviation else max(deviation, found)
                 held = engine.load(self.stored(b))
-                seen = look(held) if look is not None else None
+                seen = look(b, held) if look is not None else None
                 walk = _Walk(self._log, b)
             warnings.warn(f"not every step is exact: {divergence}", stacklevel=3)
 

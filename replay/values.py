@@ -39,8 +39,8 @@ def without_walk(dims: Sequence[str]) -> tuple[str, ...]:
     return tuple(dim for dim in dims if dim not in ("step", "state"))
 
 
-# Functions of elements without a product: whatever else an executable computes, and however it
-# is fused, IEEE 754 fixes each of their results, as no product is contracted with a sum.
+# Functions of elements without a product, which might be contracted with a sum: of float32 and
+# wider their results are equal whatever else an executable computes, and however it is fused.
 FIXED = frozenset(
     "abs absolute add subtract positive negative sign minimum maximum fmin fmax rint floor ceil "
     "trunc isnan isinf isfinite signbit clip where less less_equal greater greater_equal equal "
@@ -87,7 +87,7 @@ class Formula:
 
     @property
     def fixed(self) -> bool:
-        """Whether its bits are the same in any executable."""
+        """Whether its results are equal in any executable, for float32 and wider."""
         of = (x for x in self.arguments if isinstance(x, Formula | Given))
         return self.function in FIXED and all(x.fixed for x in of)
 

@@ -447,45 +447,50 @@ SELECTED = 16
 
 
 def quantiles(x: Any, valid: Any, q: Sequence[float]) -> Any:
-    """Return exact quantiles of the last axis, `[*kept, quantiles]`, of the valid ones."""
+    """Return exact quantiles of the last axis, `[*kept, quantiles]`, of the valid ones.
+
+    Numbers are told apart by their bits, since XLA takes subnormal ones for zero.
+    """
     x = jnp.asarray(x, real(x.dtype))
     n = valid.sum()
     at = jnp.asarray(q, x.dtype) * jnp.maximum(n - 1, 0).astype(x.dtype)
     low = jnp.floor(at).astype(jnp.int32)
     high = jnp.minimum(low + 1, jnp.maximum(n - 1, 0))
     share = _spread(at - low.astype(x.dtype), x)
-    blank = jnp.where(_spread(valid, x), jnp.where(x == 0, 0, x), jnp.inf)  # -0 is 0
+    width = 8 * x.dtype.itemsize
+    wide = jnp.dtype(f"uint{width}").type
+    sign = wide(1 << (width - 1))
+    bits = lax.bitcast_convert_type(x, wide)
+    keys = jnp.where(bits > sign, ~bits, bits | sign)  # ascending with the numbers; -0 is 0
+    keys = jnp.where(_spread(valid, x), keys, ~wide(0))
     if len(q) <= SELECTED:
-        first, second = lax.map(lambda ranks: _selected(blank, *ranks), (low, high))
-        first, second = jnp.moveaxis(first, 0, -1), jnp.moveaxis(second, 0, -1)
+        found = lax.map(lambda ranks: _selected(keys, *ranks), (low, high))
+        found = [jnp.moveaxis(x, 0, -1) for x in found]
     else:
-        ordered = jnp.sort(blank, axis=-1)
-        first, second = (jnp.take(ordered, places, axis=-1) for places in (low, high))
+        ordered = jnp.sort(keys, axis=-1)
+        found = [jnp.take(ordered, places, axis=-1) for places in (low, high)]
+    first, second = (
+        lax.bitcast_convert_type(jnp.where(key < sign, ~key, key ^ sign), x.dtype) for key in found
+    )
     value = jnp.where(share > 0, first + (second - first) * share, first)
     spoiled = (jnp.isnan(x) & _spread(valid, x)).any(-1, keepdims=True) | (n == 0)
     return jnp.where(spoiled, jnp.nan, value)
 
 
-def _selected(x: Any, rank: Any, after: Any) -> tuple[Any, Any]:
-    """Return the numbers that would stand at two neighbouring places, were `x` sorted.
+def _selected(keys: Any, rank: Any, after: Any) -> tuple[Any, Any]:
+    """Return the unsigned numbers that would stand at two neighbouring places, were they sorted.
 
     Found bit by bit from the highest, each bit by counting: 19 times faster than to sort 469
-    thousand numbers on a CPU. NaN has no place.
+    thousand numbers on a CPU.
     """
-    width = 8 * x.dtype.itemsize
-    wide = jnp.dtype(f"uint{width}").type
-    bits = lax.bitcast_convert_type(x, wide)
-    keys = jnp.where(bits >> wide(width - 1), ~bits, bits | wide(1 << (width - 1)))
+    wide, width = keys.dtype.type, 8 * keys.dtype.itemsize
 
     def narrow(i, found):
         tried = found | (wide(1 << (width - 1)) >> i.astype(wide))
         below = (keys < tried[..., None]).sum(-1, dtype=jnp.int32)
         return jnp.where(below <= rank, tried, found)
 
-    found = lax.fori_loop(0, width, narrow, jnp.zeros(x.shape[:-1], wide))
-    negative = found < wide(1 << (width - 1))
-    bits = jnp.where(negative, ~found, found ^ wide(1 << (width - 1)))
-    value = lax.bitcast_convert_type(bits, x.dtype)
+    found = lax.fori_loop(0, width, narrow, jnp.zeros(keys.shape[:-1], wide))
     reached = (keys <= found[..., None]).sum(-1, dtype=jnp.int32)
-    larger = jnp.where(keys > found[..., None], x, jnp.inf).min(-1)
-    return value, jnp.where(reached > after, value, larger)
+    larger = jnp.where(keys > found[..., None], keys, ~wide(0)).min(-1)
+    return found, jnp.where(reached > after, found, larger)

@@ -64,8 +64,12 @@ class Root:
         for part, leaves in enumerate(cell.parts):
             self._joined(key, part).push(0, number, leaves)
 
-    def done(self) -> bool:
-        """Whether no later step can change the answer."""
+    def done(self, now: bool) -> bool:
+        """Whether no later step can change the answer.
+
+        Args:
+            now: after the last step, which is waited for; else as far as is known before it.
+        """
         return False
 
     def keys(self) -> list[int]:

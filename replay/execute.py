@@ -651,11 +651,11 @@ class Execution:
             walks.append(self._frames(name, passed, reached, few(self.runs[name].observers, mine)))
         early, done = all(map(planning.stops_early, roots)), set()
         every = min([LOOK, *(self.runs[name].replayer.ahead for name in names)])
-        look_at = 0
+        frames_at = {*passed.tolist(), *reached.tolist()}
 
-        def answered() -> bool:
+        def answered(*, now: bool) -> bool:
             """Leave roots alone whose answer is known, and tell whether that is all of them."""
-            for node in (node for node in roots if node not in done and roots[node].done()):
+            for node in (node for node in roots if node not in done and roots[node].done(now)):
                 done.add(node)
                 roots[node].closed = _not_kept  # its cell holds some of the steps only
             return len(done) == len(roots)
@@ -666,7 +666,7 @@ class Execution:
             if early:
                 for node, course in courses.items():
                     course.before(min(wanted[node][0]) if node in wanted else None)
-                if answered() or not cuts:
+                if answered(now=True) or not cuts:
                     walks = []
             for frames in zip(*walks, strict=True):
                 step, replayed = frames[0].step, frames[0].replayed
@@ -679,7 +679,8 @@ class Execution:
                         courses[node].before(step)
                         roots[node].take(local)
                     local.remember(planning.below(node))
-                if early and step >= look_at and (look_at := step + every) and answered():
+                gap = step + 1 not in frames_at  # nobody replays what comes next in vain
+                if early and (gap or step % every == 0) and answered(now=gap):
                     shown = [frame.replayed for frame in frames if frame.replayed is not None]
                     if not all(replayed.agrees() for replayed in shown):
                         self.grade = self.grade & Grade.NUMERIC

@@ -112,18 +112,15 @@ class Fold(Root):
         kept = math.prod(count(dim) for dim in shape.kept if dim != "weight")
         return (two - one) * kept * (kind.groups if shape.rows else 1)
 
-    def done(self) -> bool:
-        """Whether no later step can change the answer, as far as is known before the last step.
-
-        So nobody waits for the step that has just begun.
-        """
+    def done(self, now: bool) -> bool:
+        """Whether no later step can change the answer."""
         if self.node.how not in EARLY or self._keyed:
             return False
         # Of several tensors, what one has found says nothing of the others.
         apart = self.node.by is not None or not set(RAGGED) & set(self.node.over)
         several = len(self._shapes) > 1 and apart
         closed = [leaf for key in self.keys() for part in self.found(key) for leaf in part]
-        found = [*self._looked, *closed]
+        found = [*(jax.tree.leaves(self._states) if now else self._looked), *closed]
         if several or not found or max(x.size for x in found) > 1:
             return False
         if self.node.how == "first":

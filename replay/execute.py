@@ -710,9 +710,10 @@ class Execution:
         either = set(steps.tolist()) | set(reached.tolist())
         only = set(reached.tolist())
         seen = either | {step + 1 for step in steps.tolist()}
-        look = None
-        if take is not None:
-            look = lambda state, leaves: take(leaves) if state in seen else None  # noqa: E731
+
+        def look(state: int, leaves: Sequence[Any]) -> Any:
+            return take(leaves) if take is not None and state in seen else None
+
         for span in planning.spans(asked.catalogue.checkpoints, steps, reached):
             if not span.steps:
                 leaves = jax.device_put(asked.replayer.stored(span.start), jax.devices()[0])
@@ -721,7 +722,7 @@ class Execution:
                 continue
             last = None
             walk = asked.replayer.steps(
-                span.start, span.stop, exact=self._exact, late=True, look=look
+                span.start, span.stop, exact=self._exact, late=True, look=take and look
             )
             try:
                 for replayed in walk:

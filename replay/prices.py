@@ -66,7 +66,7 @@ PRICES = {
     "hist": Price(59e-6, 11e-9, 0.45),
     "hist within": Price(56e-6, 5.8e-9, 0.36),
     "quantile within": Price(180e-6, 1e-9, 0.25),
-    "selected": Price(60e-6, 12e-9, 0.12),
+    "selected": Price(25e-6, 7.6e-9, 0.3),
     "rows": Price(20e-6, 0.62e-9, 0.15),
     "eager": Price(30e-6, 0.15e-9, 0.084),
     "product": Price(13e-6, 0.014e-9, 0.014),

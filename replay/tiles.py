@@ -21,14 +21,12 @@ from replay import plan as planning
 from replay.frames import FEW_WEIGHTS, Frame, Observers
 from replay.grads.sources import chunks, gradients_of
 from replay.query.nodes import WALKED, Map, Node, Part, Pick, Reduce, Rename, Scan, Take, narrow
-from replay.values import Value
+from replay.values import FIXED, Value
 
 # Functions of elements whose result IEEE 754 fixes.
-ROUNDED = frozenset(
-    "abs absolute add subtract multiply divide true_divide positive negative sign square sqrt "
-    "reciprocal minimum maximum fmin fmax rint floor ceil trunc isnan isinf isfinite signbit clip "
-    "where less less_equal greater greater_equal equal not_equal logical_and logical_or "
-    "logical_xor logical_not bitwise_and bitwise_or bitwise_xor invert".split()
+ROUNDED = FIXED | frozenset(
+    "multiply divide true_divide square sqrt reciprocal bitwise_and bitwise_or bitwise_xor "
+    "invert".split()
 )
 
 # Functions of elements that give truth values, which add up in any order.

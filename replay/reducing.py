@@ -240,6 +240,23 @@ def _reader(kind: Kind, result_dims: tuple[str, ...], dtype: Any) -> Callable[..
     return jax.jit(read)
 
 
+@functools.lru_cache(maxsize=4096)
+def _read_once(
+    kind: Kind,
+    formula: Formula | Given,
+    shapes: tuple[Shape, ...],
+    result_dims: tuple[str, ...],
+    dtype: Any,
+) -> Callable[..., Any]:
+    """Return what `_once` and then `_reader` do, by one executable, with the bits of two.
+
+    The barrier hides from the reading what the compiler knows of the states: it would multiply by
+    the reciprocal of a count that is a constant.
+    """
+    once, read = _once(kind, formula, shapes), _reader(kind, result_dims, dtype)
+    return jax.jit(lambda *arguments: read(jax.lax.optimization_barrier(once(*arguments))))
+
+
 def ranked(node: Reduce) -> Node:
     """Leave out of rankings the shares of updates in which samples cancel."""
     scans = [s for s in node.child.scans() if s.quantity == "sample_updates" and not s.source]
@@ -348,17 +365,24 @@ def reduce_now(node: Reduce, local: Any, xp: Any) -> Value:
         return _exact_quantiles(node, shapes, values, valid, xp)
     kind, formula = kind_of(node), fused(ranked(node))[1]
     wide = all(x.dtype.itemsize >= 4 or x.dtype == bool for x in of_part(values, 0))
-    size = SHARED if wide and kind.of(dtype).exact and formula.fixed else 1
+    fixed = wide and kind.of(dtype).exact and formula.fixed
+    size = SHARED if fixed else 1
+    here = xp is np or node.how == "quantile"
+    tensor = {"tensor"} if node.by and node.by.kind == "tensor" else set()
+    if fixed and not here and len(shapes) <= size:
+        parts = [of_part(values, i) for i in range(len(shapes))]
+        run = _read_once(kind, formula, tuple(shapes), result_dims, dtype)
+        data, fields = run(parts, np.int32(local.step), valid, groups)
+        return Value(ordered({*result_dims, *tensor}), data, fields)
     per_part = []
     for first in range(0, len(shapes), size):
         some = shapes[first : first + size]
         parts = [of_part(values, first + i) for i in range(len(some))]
         run = _once(kind, formula, tuple(some))
         per_part += run(parts, np.int32(local.step), valid, groups)
-    if xp is np or node.how == "quantile":
+    if here:
         return finished(node, result_dims, per_part, dtype, xp)
     data, fields = _reader(kind, result_dims, dtype)(per_part)
-    tensor = {"tensor"} if node.by and node.by.kind == "tensor" else set()
     return Value(ordered({*result_dims, *tensor}), data, fields)
 
 

@@ -31,7 +31,7 @@ from optax import contrib
 from tiny import compile_once  # noqa: F401  # the fixture is there for who imports it
 
 import replay
-from replay import QueryError
+from replay import QueryError, reducing
 from replay.query import states
 from replay.replaying import Replayer
 from replay.values import fused
@@ -1636,6 +1636,21 @@ def test_only_what_rounds_in_one_way_shares_an_executable(small):
                 for s in run.trajectory()
             ]
             assert (together == np.float32([t.sum() / np.float32(t.size) for t in truth])).all()
+
+
+def test_a_share_is_divided_even_where_its_executable_knows_the_divisor(small):
+    run, *_ = small
+    node = (run.grads > 0).mean("weight").plan
+    shapes, dims = reducing.layouts(node)
+    formula = fused(node.child)[1]
+    read = reducing._read_once(reducing.kind_of(node), formula, tuple(shapes), dims, np.dtype(bool))
+    sizes = [part.size for part in node.child.parts]
+    total = sum(sizes)
+    for count in range(total + 1):
+        flat = np.where(np.arange(total) < count, 1.0, -1.0).astype(np.float32)
+        parts = [[x] for x in np.split(flat, np.cumsum(sizes)[:-1])]
+        (share,), _ = read(parts, np.int32(0), None, None)
+        assert share == np.float32(count) / np.float32(total)
 
 
 @pytest.mark.parametrize("dispatch", ["step", "block"])

@@ -43,6 +43,7 @@ from replay.query.nodes import (
     restrict,
 )
 from replay.reducing import reduce_now
+from replay.replaying import Rests
 from replay.reuse import Course
 from replay.tiles import Sparing, Tiled
 from replay.values import Value, aligned, none_of, on_host, stacked, without_walk
@@ -113,6 +114,9 @@ class Execution:
         self._questions: list[Node] = []
         self._passing: set[Node] = set()  # over tiles, whose cells are not worth keeping
         self.computed = False
+        # While an anchor is looked for, states near it are kept for what is asked about it.
+        self._anchoring = False
+        self._rests = {name: Rests() for name in runs}
 
     # ---- questions
 
@@ -122,7 +126,9 @@ class Execution:
             take.anchor for q in questions for take in _takes(q) if isinstance(take.anchor, Node)
         ]
         if anchors:
+            before, self._anchoring = self._anchoring, True
             found = self.answer(list(dict.fromkeys(anchors)), distribute)
+            self._anchoring = before
             steps = {
                 anchor: int(answer.value.data[0])
                 for anchor, answer in zip(dict.fromkeys(anchors), found, strict=True)
@@ -707,8 +713,10 @@ class Execution:
         """
         asked = self.runs[name]
         frame = functools.partial(Sparing, memory=self._memory // 4)
-        either = set(steps.tolist()) | set(reached.tolist())
-        only = set(reached.tolist())
+        order = np.union1d(steps, reached)
+        either, only = set(order.tolist()), set(reached.tolist())
+        kept = 2 * sum(leaf.nbytes for leaf in asked.observers.signature.state)
+        rests = self._rests[name] if self._exact and kept <= self._memory // 4 else None
         seen = either | {step + 1 for step in steps.tolist()}
 
         def look(state: int, leaves: Sequence[Any]) -> Any:
@@ -720,10 +728,16 @@ class Execution:
                 self._verified.append((span.start, span.start))
                 yield frame(asked.observers, span.start, leaves, None)
                 continue
-            last = None
+            last, begin = None, span.start
+            if rests is not None:
+                wanted = int(order[np.searchsorted(order, span.start)])
+                rested = rests.nearest(span.start, min(wanted, span.stop - 1))
+                begin = rested[0] if rested else begin
+                self._progress(begin - span.start)
             walk = asked.replayer.steps(
-                span.start, span.stop, exact=self._exact, late=True, look=take and look
-            )
+                begin, span.stop, exact=self._exact, late=True, look=take and look,
+                rests=rests, rest=self._anchoring,
+            )  # fmt: skip
             try:
                 for replayed in walk:
                     step, last = replayed.executed.start, replayed

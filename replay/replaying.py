@@ -164,6 +164,29 @@ class Replayed(NamedTuple):
     agrees: Callable[[], bool]
 
 
+class Rests:
+    """The last states at which a replay could have rested, for a later one to go on from.
+
+    One copy is made every `EVERY` steps, into the memory of the last but one.
+    """
+
+    EVERY = 32
+
+    def __init__(self):
+        self._kept: list[tuple[int, Sequence[Any]]] = []
+
+    def nearest(self, first: int, last: int) -> tuple[int, Sequence[Any]] | None:
+        """Return the latest of states `(first, last]`, with its leaves; None if there is none."""
+        found = [state for state, _ in self._kept if first < state <= last]
+        return (max(found), dict(self._kept)[max(found)]) if found else None
+
+    def take(self, state: int, engine: Engine, held: Any) -> None:
+        """Take a state, if one is due."""
+        if state % self.EVERY == 0 and state not in dict(self._kept):
+            into = self._kept.pop(0)[1] if len(self._kept) == 2 else None
+            self._kept.append((state, engine.fetch(held, into)))
+
+
 class Replayer:
     """Re-executes logged steps, here or in a worker started with the recorded settings.
 
@@ -292,6 +315,8 @@ class Replayer:
         exact: bool = True,
         late: bool = False,
         look: Callable[[int, Sequence[Any]], Any] | None = None,
+        rests: Rests | None = None,
+        rest: bool = False,
     ) -> Generator[Replayed]:
         """Replay steps `[start, stop)` for somebody who looks at each.
 
@@ -300,7 +325,8 @@ class Replayer:
         steps. With `late` the losses of some steps are compared together, when later ones are under
         way: for who shows nothing before the end, and asks `agrees` where they end early. With
         `look`, what `look(number, state)` returns stands in the place of a state, and each step
-        takes the memory of the state before it.
+        takes the memory of the state before it. From `rests` of an exact replay it goes on, if one
+        lies nearer than what is stored, and with `rest` leaves some there.
         """
         if stop <= start:
             return
@@ -309,14 +335,17 @@ class Replayer:
         signature = self._log.header.signature
         keep = look is None
         engine = self.engine(anchor, keep=keep, observed=True)
-        held = engine.load(self.stored(anchor))
-        seen = look(anchor, held) if look is not None else None
-        walk, deviation = _Walk(self._log, anchor), 0.0
+        rested = rests.nearest(anchor, start) if rests is not None else None
+        begin, leaves = rested or (anchor, self.stored(anchor))
+        held = engine.load(leaves)
+        seen = look(begin, held) if look is not None else None
+        walk, deviation = _Walk(self._log, anchor, begin), 0.0
+        resting = rests if rest and exact and isinstance(engine, LocalEngine) else None
         waits = (self.ahead if exact else 1) if late else 0
-        stored = sorted(s for s in self._log.durable.checkpoints if anchor < s < stop)
-        edges = [anchor, *stored, stop]
+        stored = sorted(s for s in self._log.durable.checkpoints if begin < s < stop)
+        edges = [begin, *stored, stop]
         for a, b in zip(edges, edges[1:], strict=False):
-            if a in self._forks and a > anchor:  # where the state of a fork is stored
+            if a in self._forks and a > begin:  # where the state of a fork is stored
                 following = self.engine(a, keep=keep, observed=True)
                 if following is not engine:
                     held = following.load([*map(np.asarray, engine.fetch(held))])
@@ -331,6 +360,8 @@ class Replayer:
                         raise self._diverged(walk.divergence)
                     if walk.divergence is not None and not deviation:
                         deviation = float("nan")
+                    if resting is not None:
+                        resting.take(executed.start + 1, engine, held)
                     if look is not None:
                         before, seen = seen, look(executed.start + 1, held)
                         executed = executed._replace(before=before, after=seen)
@@ -551,12 +582,18 @@ class Replayer:
 
 
 class _Walk:
-    """The evidence along one replay, and the first place where it disagrees."""
+    """The evidence along one replay, and the first place where it disagrees.
 
-    def __init__(self, log: Log, start: int):
+    Args:
+        log: of the run.
+        start: the state whose digest is known to agree.
+        begin: a later one that an exact replay from there has come to, to go on from.
+    """
+
+    def __init__(self, log: Log, start: int, begin: int | None = None):
         self._log, self._agreed = log, f"state {start}"
         self._waiting: list[Any] = []
-        self._compared = start
+        self._compared = start if begin is None else begin
         self.divergence: Divergence | None = None
         self.closed = start
 

@@ -33,7 +33,7 @@ from tiny import compile_once  # noqa: F401  # the fixture is there for who impo
 import replay
 from replay import QueryError, reducing
 from replay.query import states
-from replay.replaying import Replayer
+from replay.replaying import Replayer, Rests
 from replay.values import fused
 
 TESTS = pathlib.Path(__file__).parent
@@ -1546,6 +1546,38 @@ def test_what_may_stop_early_or_waits_for_an_anchor_is_announced_by_an_upper_bou
     told, found = taken.explain(), taken.compute()
     announced = sum(map(int, re.findall(r"replay up to (\d+) steps", told)))
     assert loud.compute().attrs["steps"] < found.attrs["steps"] <= announced
+
+
+def test_what_is_asked_about_an_anchor_goes_on_from_a_state_near_it(tmp_path, monkeypatch):
+    run = tiny.record(tmp_path / "run", checkpoints=tiny.STEPS)
+    late = run.sample_losses.sel(step=slice(15, None)).max("position")
+    loud = (late > 0).first("step")
+    taken = run.sample_updates.before(loud, last=6, inclusive=True).join(loss=run.sample_losses)
+    searched = loud.compute(cache=False).attrs["steps"]
+    monkeypatch.setattr(Rests, "EVERY", 4)
+    near = taken.compute(cache=False)
+    monkeypatch.setattr(Rests, "EVERY", 10**6)
+    far = taken.compute(cache=False)
+    assert int(loud.compute(cache=False)) == 15
+    assert near.attrs["steps"] <= searched + 6 < searched + 15 <= far.attrs["steps"]
+    assert near.identical(far.assign_attrs(near.attrs))
+    assert near.attrs["grade"] == far.attrs["grade"] == "UNAUDITED"
+
+
+def test_a_state_to_go_on_from_is_no_evidence(tmp_path, monkeypatch):
+    monkeypatch.setattr(Rests, "EVERY", 3)
+    run, rests = tiny.record(tmp_path / "run"), Rests()
+    for _ in run._replayer.steps(0, 17, rests=rests, rest=True):
+        pass
+    assert rests.nearest(8, 14)[0] == 12 and rests.nearest(8, 11) is None
+    steps = list(run._replayer.steps(14, 18, rests=rests))
+    assert [step.closed for step in steps] == [8, 16, 16, 16]  # of state 12 there is no digest
+    kept = [np.array(leaf) for leaf in rests.nearest(8, 14)[1]]
+    assert tiny.bits(kept) == tiny.bits(run._replayer.state(12))
+    kept[0][..., 0] += 1
+    rests._kept = [(12, kept)]
+    with pytest.raises(replay.DivergenceError, match="between state 8 and the losses of step 12"):
+        list(run._replayer.steps(12, 18, rests=rests))
 
 
 def test_an_answer_that_stops_early_has_compared_the_losses_of_its_steps(small, monkeypatch):

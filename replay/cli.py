@@ -29,7 +29,7 @@ import tyro
 from rich.filesize import decimal
 from rich.text import Text
 
-from replay import demo, questions, report
+from replay import demo, prices, questions, report
 from replay.ancestry import FOLDER
 from replay.api import Run, open
 from replay.comparing import compare
@@ -742,6 +742,27 @@ def explain(
     """
     recorded = _open_with(run, named.data)
     _say(*recorded.explain_sql(statement, **named.options()).splitlines())
+    return 0
+
+
+@app.command
+def calibrate() -> int:
+    """Measure what this machine takes for each kind of work, so that seconds are told of it.
+
+    It takes about half a minute and is done once: later processes know it, and what `replay
+    explain` and `replay ask --explain` predict stands on it.
+
+    Example: replay calibrate
+    """
+    found = prices.calibrate()
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("kind of work")
+    for name in ("call [µs]", "element [ns]", "to compile [s]"):
+        table.add_column(name, justify="right")
+    for kind, price in found.items():
+        numbers = (1e6 * price.call, 1e9 * price.element, price.compile)
+        table.add_row(kind, *(f"{x:.3g}" for x in numbers))
+    _console().print(table)
     return 0
 
 

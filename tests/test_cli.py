@@ -20,13 +20,13 @@ import optax
 import pytest
 
 import replay
-from replay import cli, demo, questions
+from replay import cli, demo, prices, questions
 from replay.log import Log
 from replay.store import Place
 
 COMMANDS = (
     "demo", "ls", "show", "verify", "state", "plot", "fork", "tree", "ask", "compare", "sql",
-    "explain", "index", "thin", "cache",
+    "explain", "calibrate", "index", "thin", "cache",
 )  # fmt: skip
 ASKED = ("samples", "weights", "explosion", "zero", "compare")
 
@@ -147,7 +147,10 @@ def test_the_help_lists_every_command_with_an_example(capsys):
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(x, marks=pytest.mark.full) if x == "demo" else x for x in COMMANDS],
+    [
+        pytest.param(x, marks=pytest.mark.full) if x in ("demo", "calibrate") else x
+        for x in COMMANDS
+    ],
 )
 def test_the_example_in_the_help_of_a_command_works_as_it_stands(
     command, plain, capsys, monkeypatch
@@ -166,6 +169,15 @@ def test_the_example_in_the_help_of_a_command_works_as_it_stands(
     code, printed, errors = ask(capsys, *words)
     assert (code, errors) == (0, "")
     assert printed
+
+
+def test_calibrate_shows_what_it_has_measured_and_later_processes_know_it(capsys, monkeypatch):
+    monkeypatch.setattr(prices, "PRICES", {"element": prices.PRICES["element"]})
+    code, printed, errors = ask(capsys, "calibrate")
+    assert (code, errors) == (0, "")
+    assert "element [ns]" in printed
+    found, known = prices.prices()
+    assert known and f"{1e6 * found['element'].call:.3g}" in printed
 
 
 def test_compare_says_where_runs_part_and_how_far_apart_they_are(run, capsys):

@@ -323,12 +323,14 @@ class _Walk:
         for start in starts:
             self._value(start)
         kind = kind_of(node)
-        exact = node.how == "quantile" and (not node.by or node.by.kind == "tensor")
+        exact = node.how == "quantile"
         for shape, (layout, part) in self._shapes(node):
             key = ("once", kind, formula, layout, shape)
             if exact:
                 size = self._size(node.child, part)
                 several = min(len(node.options["q"]), states.SELECTED)
+                if node.by is not None and node.by.kind in ("labels", "sample"):
+                    several *= min(self._batch, node.by.count)
                 self._loads.add(key, "selected", self._looked, several * size)
                 self._loads.add(("arranged", formula, shape), "element", self._looked, size)
             else:

@@ -82,7 +82,7 @@ _OPERATION = re.compile(r"= \"?stablehlo\.(\w+)")
 
 
 def _key() -> str:
-    return identity("prices of what questions call, 2", 1, 0, 0)
+    return identity("prices of what questions call, 3", 1, 0, 0)
 
 
 def prices() -> tuple[dict[str, Price], bool]:

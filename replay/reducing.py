@@ -361,13 +361,13 @@ def reduce_now(node: Reduce, local: Any, xp: Any) -> Value:
     values, valid, groups = inputs(node, local)
     shapes, result_dims = layouts(node)
     dtype = dtype_of(node, tuple((tuple(x.shape), str(x.dtype)) for x in of_part(values, 0)))
-    if node.how == "quantile" and groups is None and (not node.by or node.by.kind == "tensor"):
-        return _exact_quantiles(node, shapes, values, valid, xp)
+    if node.how == "quantile":
+        return _exact_quantiles(node, shapes, values, valid, groups, xp)
     kind, formula = kind_of(node), fused(ranked(node))[1]
     wide = all(x.dtype.itemsize >= 4 or x.dtype == bool for x in of_part(values, 0))
     fixed = wide and kind.of(dtype).exact and formula.fixed
     size = SHARED if fixed else 1
-    here = xp is np or node.how == "quantile"
+    here = xp is np
     tensor = {"tensor"} if node.by and node.by.kind == "tensor" else set()
     if fixed and not here and len(shapes) <= size:
         parts = [of_part(values, i) for i in range(len(shapes))]
@@ -386,14 +386,22 @@ def reduce_now(node: Reduce, local: Any, xp: Any) -> Value:
     return Value(ordered({*result_dims, *tensor}), data, fields)
 
 
-def _exact_quantiles(node, shapes, values, valid, xp) -> Value:
+def _exact_quantiles(node, shapes, values, valid, groups, xp) -> Value:
     _, result_dims = layouts(node)
     formula, q = fused(node.child)[1], node.options["q"]
+    shapes = [shape._replace(rows="") for shape in shapes]  # of groups, some of one row are chosen
     arranged = [_arranged(formula, shape)(of_part(values, i)) for i, shape in enumerate(shapes)]
-    together = node.by is None and "weight" in node.over
-    several = [arranged] if together else [[x] for x in arranged]
-    found = [xp.asarray(_quantiles(parts, valid, q)) for parts in several]
-    if node.by is not None:
+    apart = node.by is not None and node.by.kind in ("tensor", "unit")
+    several = [[x] for x in arranged] if apart or "weight" not in node.over else [arranged]
+    if groups is None:
+        found = [xp.asarray(_quantiles(parts, valid, q)) for parts in several]
+    else:
+        assert node.by is not None
+        there = np.full(min(len(groups), node.by.count), node.by.count, np.int32)
+        present = np.unique(groups[groups >= 0])
+        there[: len(present)] = present
+        found = [xp.asarray(_grouped(parts, groups, there, q, node.by.count)) for parts in several]
+    if node.by is not None and node.by.kind == "tensor":
         found, result_dims = [xp.stack(found)], ("tensor", *result_dims)
     wanted = ordered(result_dims)
     order = [result_dims.index(dim) for dim in wanted]
@@ -415,3 +423,19 @@ def _quantiles(parts, valid, q):
 
     masks = jnp.concatenate([mask(x) for x in parts])
     return states.quantiles(jnp.concatenate(parts, -1), masks, q)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _grouped(parts, groups, there, q, count):
+    """Return `_quantiles` of each group; not numbers of groups that are not among those `there`.
+
+    Args:
+        parts: as there.
+        groups: of each position, -1 for none.
+        there: groups that have a position; `count` for none.
+        q: the shares.
+        count: how many groups there are.
+    """
+    found = jax.lax.map(lambda group: _quantiles(parts, groups == group, q), there)
+    blank = jnp.full((count, *found.shape[1:]), jnp.nan, found.dtype)
+    return blank.at[there].set(found, mode="drop")

@@ -509,7 +509,7 @@ def quantiles(x: Any, valid: Any, q: Sequence[float]) -> Any:
         lax.bitcast_convert_type(jnp.where(key < sign, ~key, key ^ sign), x.dtype) for key in found
     )
     value = jnp.where(share > 0, first + (second - first) * share, first)
-    spoiled = (jnp.isnan(x) & _spread(valid, x)).any(-1, keepdims=True) | (n == 0)
+    spoiled = _any_true(jnp.isnan(x) & _spread(valid, x))[..., None] | (n == 0)
     return jnp.where(spoiled, jnp.nan, value)
 
 
@@ -522,10 +522,10 @@ def _selected(keys: Any, rank: Any, after: Any) -> tuple[Any, Any]:
 
     def narrow(i, found):
         tried = found | (wide(1 << (width - 1)) >> i.astype(wide))
-        below = (keys < tried[..., None]).sum(-1, dtype=jnp.int32)
+        below = _count_true(keys < tried[..., None]).astype(jnp.int32)
         return jnp.where(below <= rank, tried, found)
 
     found = lax.fori_loop(0, width, narrow, jnp.zeros(keys.shape[:-1], wide))
-    reached = (keys <= found[..., None]).sum(-1, dtype=jnp.int32)
+    reached = _count_true(keys <= found[..., None]).astype(jnp.int32)
     larger = jnp.where(keys > found[..., None], keys, ~wide(0)).min(-1)
     return found, jnp.where(reached > after, found, larger)

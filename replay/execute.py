@@ -654,7 +654,7 @@ class Execution:
         walks = []
         for name in names:
             mine = [scan for scan in scans if scan.run == name]
-            walks.append(self._frames(name, passed, reached, few(self.runs[name].observers, mine)))
+            walks.append(self._frames(name, passed, reached, *few(self.runs[name].observers, mine)))
         early, done = all(map(planning.stops_early, roots)), set()
         every = min([LOOK, *(self.runs[name].replayer.ahead for name in names)])
         frames_at = {*passed.tolist(), *reached.tolist()}
@@ -706,10 +706,12 @@ class Execution:
         steps: np.ndarray,
         reached: np.ndarray,
         take: Callable[[Sequence[Any]], Any] | None = None,
+        factors: Callable[..., list[Any]] | None = None,
     ) -> Generator[Frame]:
         """Yield a frame for every step and state that is asked about, ascending.
 
-        Of states it has what `take` takes from them, which takes less time than to keep all.
+        Of states it has what `take` takes from them, which takes less time than to keep all, and
+        of steps what `factors` computes before they take the memory of their states.
         """
         asked = self.runs[name]
         frame = functools.partial(Sparing, memory=self._memory // 4)
@@ -721,6 +723,9 @@ class Execution:
 
         def look(state: int, leaves: Sequence[Any]) -> Any:
             return take(leaves) if take is not None and state in seen else None
+
+        def beforehand(step: int, *inputs: Any) -> Any:
+            return factors(step, *inputs) if factors is not None and step in either else None
 
         for span in planning.spans(asked.catalogue.checkpoints, steps, reached):
             if not span.steps:
@@ -736,7 +741,7 @@ class Execution:
                 self._progress(begin - span.start)
             walk = asked.replayer.steps(
                 begin, span.stop, exact=self._exact, late=True, look=take and look,
-                rests=rests, rest=self._anchoring,
+                beforehand=factors and beforehand, rests=rests, rest=self._anchoring,
             )  # fmt: skip
             try:
                 for replayed in walk:

@@ -309,8 +309,8 @@ class Sampled(Root):
             self._streams[key] = Stream(
                 (self._rule.reduction,), len(self._asked.observers.tensor), self._numbers
             )
-        leaves = [frame.before[i] for i in self._asked.observers.signature.weights]
-        self._streams[key].update(local.step, frame.all_parts(), leaves)
+        # No rule on the factors of a run's program looks at the weights themselves.
+        self._streams[key].update(local.step, frame.all_parts(), ())
         self._samples[key] = self._samples.get(key, 0) + int(frame.valid.sum())
 
     def _close(self) -> dict[int, Cell]:

@@ -129,16 +129,30 @@ class Few(dict[tuple[int, Part], Any]):
 
 def few(
     observers: Observers, scans: Iterable[Scan]
-) -> Callable[[Sequence[Any]], Few | None] | None:
+) -> tuple[Callable[[Sequence[Any]], Few | None] | None, Callable[..., list[Any]] | None]:
     """Return what takes from a state all that quantities are made of, so that no step keeps it.
 
-    None where they need whole tensors of it.
+    None where they need whole tensors of it. Besides, what computes the factors of a step before it
+    takes the memory of its state, where they are asked for.
     """
+    scans = list(scans)
+    had = None
+    if any(scan.quantity == "sample_grads" and not scan.source for scan in scans):
+        had = observers.gradients.beforehand(observers.way)
+    take = _taker(
+        observers, scans, _OF_NO_STATE if had is None else (*_OF_NO_STATE, "sample_grads")
+    )
+    return take, None if take is None else had
+
+
+def _taker(
+    observers: Observers, scans: Iterable[Scan], of_no_state: Sequence[str]
+) -> Callable[[Sequence[Any]], Few | None] | None:
     wanted: set[tuple[int, Part]] = set()
     for scan in scans:
         if scan.source:
             return None
-        if scan.quantity in _OF_NO_STATE:
+        if scan.quantity in of_no_state:
             continue
         whole = any(not isinstance(part.indices, tuple) for part in scan.tensors)
         if whole or scan.quantity not in ("weights", "updates", "opt_state"):

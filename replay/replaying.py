@@ -153,6 +153,7 @@ class Replayed(NamedTuple):
         closed: the last state whose digest has agreed.
         agrees: compares the losses of all steps up to this one, for who looks at no more of them.
             Tells whether they agree; where a replay is to be exact, raises if not.
+        beforehand: what was computed before the step took the memory of its state.
     """
 
     executed: Executed
@@ -162,6 +163,7 @@ class Replayed(NamedTuple):
     deviation: float
     closed: int
     agrees: Callable[[], bool]
+    beforehand: Any = None
 
 
 class Rests:
@@ -315,6 +317,7 @@ class Replayer:
         exact: bool = True,
         late: bool = False,
         look: Callable[[int, Sequence[Any]], Any] | None = None,
+        beforehand: Callable[..., Any] | None = None,
         rests: Rests | None = None,
         rest: bool = False,
     ) -> Generator[Replayed]:
@@ -322,11 +325,20 @@ class Replayer:
 
         With `exact`, the first difference raises. Without, it is a warning, every stored state on
         the way replaces the replayed one, and the deviation met there is reported with the later
-        steps. With `late` the losses of some steps are compared together, when later ones are under
-        way: for who shows nothing before the end, and asks `agrees` where they end early. With
-        `look`, what `look(number, state)` returns stands in the place of a state, and each step
-        takes the memory of the state before it. From `rests` of an exact replay it goes on, if one
-        lies nearer than what is stored, and with `rest` leaves some there.
+        steps.
+
+        Args:
+            start: the first step.
+            stop: the step after the last.
+            exact: see above.
+            late: whether the losses of some steps are compared together, when later ones are under
+                way: for who shows nothing before the end, and asks `agrees` where they end early.
+            look: `look(number, state)`, whose result stands in the place of a state; each step then
+                takes the memory of the state before it.
+            beforehand: `beforehand(step, state, ids, weights, batch)`, whose result, computed
+                before that happens, is handed out with the step.
+            rests: of an exact replay, to go on from if one lies nearer than what is stored.
+            rest: whether to leave some there.
         """
         if stop <= start:
             return
@@ -352,27 +364,30 @@ class Replayer:
                     engine = following
             for stretch in self._read(a, b):
                 ones = np.ones(signature.batch_size, np.float32)
-                for executed in engine.advance(held, stretch):
-                    executed = self._entered(engine, executed)
-                    held, row = executed.after, executed.start - stretch.start
-                    walk.check(executed, engine, late=waits if executed.start + 1 < stop else 0)
+                calls = engine.advance(held, stretch)
+                for row in range(stretch.first, stretch.stop):
+                    step = stretch.start + row
+                    weights = ones if stretch.weights is None else stretch.weights[row]
+                    inputs = (stretch.ids[row], weights, [leaf[row] for leaf in stretch.batch])
+                    had = None
+                    if beforehand is not None and step >= start:
+                        had = beforehand(step, held, *inputs)
+                    executed = self._entered(engine, next(calls))
+                    held = executed.after
+                    walk.check(executed, engine, late=waits if step + 1 < stop else 0)
                     if walk.divergence is not None and exact:
                         raise self._diverged(walk.divergence)
                     if walk.divergence is not None and not deviation:
                         deviation = float("nan")
                     if resting is not None:
-                        resting.take(executed.start + 1, engine, held)
+                        resting.take(step + 1, engine, held)
                     if look is not None:
-                        before, seen = seen, look(executed.start + 1, held)
+                        before, seen = seen, look(step + 1, held)
                         executed = executed._replace(before=before, after=seen)
-                    if executed.start >= start:
-                        weights = ones if stretch.weights is None else stretch.weights[row]
-                        batch = [leaf[row] for leaf in stretch.batch]
+                    if step >= start:
                         agrees = functools.partial(self._agrees, walk, exact)
-                        yield Replayed(
-                            executed, stretch.ids[row], weights, batch, deviation, walk.closed,
-                            agrees,
-                        )  # fmt: skip
+                        yield Replayed(executed, *inputs, deviation, walk.closed, agrees, had)
+                assert next(calls, None) is None, "a call for each step"
             if walk.divergence is None:
                 continue
             divergence = walk.divergence

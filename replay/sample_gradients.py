@@ -4,6 +4,7 @@ What observes a step is made of the run's archived programs, never of the user's
 for the tensors that have them, `sample_gradient` for the others.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -101,15 +102,23 @@ class SampleGradients:
 
     def inputs(self, replayed: Replayed) -> tuple[Any, ...]:
         """Return what the archived programs take: state, key, step, ids, weights and batch."""
-        executed = replayed.executed
-        return (
-            *executed.before,
-            _on_device(self._log.origin(executed.start).header.key),
-            np.uint32(executed.start),
-            replayed.ids,
-            replayed.weights,
-            *replayed.batch,
-        )
+        executed, (ids, weights, batch) = replayed.executed, replayed[1:4]
+        return self._inputs(executed.start, executed.before, ids, weights, batch)
+
+    def _inputs(self, step: int, before: Sequence[Any], ids, weights, batch) -> tuple[Any, ...]:
+        key = _on_device(self._log.origin(step).header.key)
+        return (*before, key, np.uint32(step), ids, weights, *batch)
+
+    def beforehand(self, way: str) -> Callable[..., list[Any]] | None:
+        """Return what computes the factors of a step before it takes the memory of its state.
+
+        `(step, state, ids, weights, batch) -> payloads`, for `Replayer.steps`; None where gradients
+        are not all had at once.
+        """
+        groups = self._way(way)
+        if any(group.strategy != "factored" for group, _ in groups):
+            return None
+        return lambda *inputs: [produce(*self._inputs(*inputs)) for _, produce in groups]
 
     def parts(self, replayed: Replayed, way: str) -> Iterator[tuple]:
         """Yield `(group, payloads, occurrences)` of a step, padding left out.
@@ -120,7 +129,8 @@ class SampleGradients:
         """
         executed = replayed.executed
         valid = np.flatnonzero(replayed.ids >= 0).astype(np.int32)
-        size, inputs = self._signature.batch_size, self.inputs(replayed)
+        size, had = self._signature.batch_size, replayed.beforehand
+        inputs = self.inputs(replayed) if had is None else ()
         first = executed.start * size
         if first + size >= 2**31:
             raise LogError(
@@ -128,9 +138,9 @@ class SampleGradients:
                 why="occurrences are counted in 32 bits",
                 fix="ask about earlier steps",
             )
-        for group, produce in self._way(way):
+        for place, (group, produce) in enumerate(self._way(way)):
             if group.strategy == "factored":
-                payloads = produce(*inputs)
+                payloads = produce(*inputs) if had is None else had[place]
                 if len(valid) < size:
                     payloads = _take(payloads, valid)
                 yield group, payloads, first + valid
@@ -138,8 +148,16 @@ class SampleGradients:
             for a, b in chunks(len(valid), group.at_once):
                 yield group, produce(valid[a:b], *inputs), first + valid[a:b]
 
-    def choose(self, asked: str, replayed: Replayed, reductions: Sequence[Reduction]) -> str:
-        """Return a way: for `auto` by timing both on one step, or by what was measured before."""
+    def choose(
+        self, asked: str, first: Callable[[], Replayed], reductions: Sequence[Reduction]
+    ) -> str:
+        """Return a way: for `auto` by timing both on one step, or by what was measured before.
+
+        Args:
+            asked: what was asked for.
+            first: returns a step, with its state.
+            reductions: what is asked for.
+        """
         if asked != "auto":
             return asked
         if not self._table().tensors:
@@ -149,6 +167,7 @@ class SampleGradients:
         key = identity("run", repr(reductions), texts, self._memory)
         seconds = recall(key)
         if not seconds:
+            replayed = first()
 
             def ask(way):
                 def once():
@@ -335,14 +354,22 @@ def reduce(
     stream = Stream(reductions, len(gradients.names))
     occurrences, deviation, closed = [], 0.0, -1
     apart: list[tuple[Any, Any]] = []
-    for replayed in replayer.steps(steps.start, steps.stop, exact=exact, late=True):
+
+    def first() -> Replayed:
+        with contextlib.closing(replayer.steps(steps.start, steps.start + 1, exact=exact)) as walk:
+            return next(walk)
+
+    strategy = gradients.choose(strategy, first, reductions)
+    had = gradients.beforehand(strategy)
+    look = None if had is None else lambda state, leaves: None
+    for replayed in replayer.steps(
+        steps.start, steps.stop, exact=exact, late=True, look=look, beforehand=had
+    ):
         step = replayed.executed.start
-        if step == steps.start:
-            strategy = gradients.choose(strategy, replayed, reductions)
         parts = gradients.parts(replayed, strategy)
         if step == steps.start or step % BLOCK_STEPS == 0:
             parts = gradients.compared(parts, replayed, apart)
-        stream.update(step, parts, gradients.leaves(replayed))
+        stream.update(step, parts, gradients.leaves(replayed) if had is None else ())
         size = len(replayed.ids)
         occurrences.append(step * size + np.flatnonzero(replayed.ids >= 0))
         deviation, closed = replayed.deviation, replayed.closed

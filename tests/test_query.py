@@ -34,6 +34,7 @@ import replay
 from replay import QueryError, reducing
 from replay.query import states
 from replay.replaying import Replayer, Rests
+from replay.sample_gradients import SampleGradients
 from replay.values import fused
 
 TESTS = pathlib.Path(__file__).parent
@@ -867,6 +868,37 @@ def test_every_reduction_over_every_dimension_is_that_of_numpy(which, quantity, 
 
 
 @pytest.mark.parametrize("which", ["small", "padded"])
+def test_quantiles_of_groups_within_a_step_are_exact(which, request):
+    run, truth, labels = request.getfixturevalue(which)
+    q, steps = (0.0, 0.3, 0.5, 1.0), range(5, 9)
+    chosen = slice(steps.start, steps.stop)
+    losses = run.sample_losses.sel(step=chosen).groupby(labels).quantile(q, dim="position")
+    grads = run.sample_grads.sel(step=chosen, tensor="out").groupby(labels)
+    grads = grads.quantile(q, dim=("position", "weight"))
+    units = abs(run.grads.sel(step=chosen)).groupby("unit").quantile(q, dim="weight")
+    each = run.sample_losses.sel(step=chosen).groupby("sample").quantile(q, dim="position")
+    losses, grads, units, each = replay.compute(losses, grads, units, each, cache=False)
+
+    def agrees_with(found, values):
+        wanted = np.quantile(values, q) if len(values) else np.full(len(q), np.nan)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+    for place, step in enumerate(steps):
+        ids, there = truth.ids[step], truth.ids[step] >= 0
+        for name in range(3):
+            mine = there & (labels[np.maximum(ids, 0)] == name)
+            agrees_with(losses["value"].isel(step=place, group=name), truth.losses[step][mine])
+            rows = truth.sample_grads[step][mine][:, tiny.WEIGHTS["hidden"].size :]  # of `out`
+            agrees_with(grads["value"].isel(step=place, group=name), rows.ravel())
+        for sample in range(len(labels)):
+            agrees_with(each["value"].isel(step=place, sample=sample),
+                        truth.losses[step][there & (ids == sample)])  # fmt: skip
+        weights = np.abs(truth.grads[step][: tiny.WEIGHTS["hidden"].size]).reshape(3, 5)
+        for unit in range(weights.shape[1]):
+            agrees_with(units["hidden"].values[place, :, unit], weights[:, unit])
+
+
+@pytest.mark.parametrize("which", ["small", "padded"])
 def test_quantiles_over_steps_are_within_one_part_in_128_of_a_value_that_is_there(which, request):
     run, truth, labels = request.getfixturevalue(which)
     q = (0.0, 0.25, 0.5, 0.9, 1.0)
@@ -1641,6 +1673,43 @@ def test_chosen_weights_are_the_same_where_no_step_keeps_its_state(tmp_path, dis
     states = np.stack([np.asarray(run.state(t).params["hidden"])[1, 2]
                        for t in range(first, tiny.STEPS + 1)])  # fmt: skip
     assert few[0]["hidden"].values.tobytes() == states.tobytes()
+
+
+@pytest.mark.parametrize("dispatch", ["step", "block"])
+def test_samples_have_the_same_gradients_where_no_step_keeps_its_state(
+    tmp_path, dispatch, monkeypatch
+):
+    data = {name: rows[:14] for name, rows in tiny.DATA.items()}  # the last batch of each epoch
+    order = replay.Order.shuffled(batch_size=4, epochs=4, seed=2, pad=True)  # has two samples
+    run = tiny.record(tmp_path / "run", data=data, order=order, dispatch=dispatch)
+    steps = slice(3, 13)
+    questions = [
+        abs(run.sample_grads.sel(step=steps)).top_k(2, dim=("step", "position")),
+        run.sample_grads["hidden", 1, 2].sel(step=steps),
+        run.sample_grads.sel(step=steps).groupby(LABELS[:14]).sum(),
+        run.sample_grads.sel(step=steps).norm("weight").max("position"),
+    ]
+    keeps, engine = [], Replayer.engine
+
+    def noted(self, step, *, keep, observed=None):
+        keeps.append(keep)
+        return engine(self, step, keep=keep, observed=observed)
+
+    monkeypatch.setattr(Replayer, "engine", noted)
+    alone = replay.compute(*questions, cache=False)
+    assert keeps and not any(keeps)
+    whole = replay.compute(*questions, run.weights.max(), cache=False)  # which needs all of a state
+    assert any(keeps)
+    for one, other in zip(alone, whole, strict=False):
+        assert one.identical(other.assign_attrs(one.attrs))
+
+    reductions = (replay.reductions.Sum("square"), replay.reductions.Norm())
+    keeps.clear()
+    free = run.reduce(*reductions, steps=steps, strategy="factored")
+    assert keeps and not any(keeps)
+    monkeypatch.setattr(SampleGradients, "beforehand", lambda self, way: None)
+    kept = run.reduce(*reductions, steps=steps, strategy="factored")
+    assert tiny.bits(free.answers) == tiny.bits(kept.answers) and free.gap == kept.gap
 
 
 def test_only_what_rounds_in_one_way_shares_an_executable(small):

@@ -650,6 +650,7 @@ class Execution:
             cuts.append(left)
         passed, reached = planning.union(cuts)
         lags: dict[Node, dict] = {node: {} for node in roots}
+        behind = {n: below for n in wanted if planning.lags(below := planning.below(n))}
         scans = [scan for left in cuts for scan in left.scans()]
         walks = []
         for name in names:
@@ -684,7 +685,8 @@ class Execution:
                     if step in steps and node not in done:
                         courses[node].before(step)
                         roots[node].take(local)
-                    local.remember(planning.below(node))
+                    if node in behind:
+                        local.remember(behind[node])
                 gap = step + 1 not in frames_at  # nobody replays what comes next in vain
                 if early and (gap or step % every == 0) and answered(now=gap):
                     shown = [frame.replayed for frame in frames if frame.replayed is not None]

@@ -23,8 +23,9 @@ def progress_bar(
         unit: what is counted, if not steps.
     """
     console = rich.console.Console(stderr=True)
-    if show is None:
-        show = console.is_terminal
+    if not (console.is_terminal if show is None else show):
+        yield lambda steps, loss=None: None
+        return
     columns = (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
@@ -33,7 +34,7 @@ def progress_bar(
         rich.progress.TextColumn("{task.fields[speed]}"),
         rich.progress.TimeRemainingColumn(),
     )
-    with rich.progress.Progress(*columns, console=console, disable=not show) as bar:
+    with rich.progress.Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=total, loss="", speed="")
 
         waiting, shown, last = 0, time.monotonic(), None

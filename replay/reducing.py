@@ -360,30 +360,43 @@ def reduce_now(node: Reduce, local: Any, xp: Any) -> Value:
     """Reduce what stands at one step, or what is left after all of them."""
     values, valid, groups = inputs(node, local)
     shapes, result_dims = layouts(node)
-    dtype = dtype_of(node, tuple((tuple(x.shape), str(x.dtype)) for x in of_part(values, 0)))
     if node.how == "quantile":
         return _exact_quantiles(node, shapes, values, valid, groups, xp)
-    kind, formula = kind_of(node), fused(ranked(node))[1]
-    wide = all(x.dtype.itemsize >= 4 or x.dtype == bool for x in of_part(values, 0))
-    fixed = wide and kind.of(dtype).exact and formula.fixed
-    size = SHARED if fixed else 1
-    here = xp is np
-    tensor = {"tensor"} if node.by and node.by.kind == "tensor" else set()
-    if fixed and not here and len(shapes) <= size:
+    dtype, size = _within(node, tuple((x.shape, x.dtype) for x in of_part(values, 0)))
+    kind, formula, dims = kind_of(node), fused(ranked(node))[1], _dims_within(node)
+    if size > 1 and xp is not np and len(shapes) <= size:
         parts = [of_part(values, i) for i in range(len(shapes))]
         run = _read_once(kind, formula, tuple(shapes), result_dims, dtype)
-        data, fields = run(parts, np.int32(local.step), valid, groups)
-        return Value(ordered({*result_dims, *tensor}), data, fields)
+        return Value(dims, *run(parts, np.int32(local.step), valid, groups))
     per_part = []
     for first in range(0, len(shapes), size):
         some = shapes[first : first + size]
         parts = [of_part(values, first + i) for i in range(len(some))]
         run = _once(kind, formula, tuple(some))
         per_part += run(parts, np.int32(local.step), valid, groups)
-    if here:
+    if xp is np:
         return finished(node, result_dims, per_part, dtype, xp)
-    data, fields = _reader(kind, result_dims, dtype)(per_part)
-    return Value(ordered({*result_dims, *tensor}), data, fields)
+    return Value(dims, *_reader(kind, result_dims, dtype)(per_part))
+
+
+@functools.lru_cache(maxsize=4096)
+def _within(node: Reduce, forms: tuple[tuple[tuple[int, ...], Any], ...]) -> tuple[Any, int]:
+    """Return the dtype of what a step reduces, and how many tensors may share an executable.
+
+    Args:
+        node: the reduction.
+        forms: shape and dtype of each starting value, of the first tensor.
+    """
+    dtype = dtype_of(node, tuple((tuple(shape), str(of)) for shape, of in forms))
+    wide = all(of.itemsize >= 4 or of.kind == "b" for _, of in forms)
+    fixed = wide and kind_of(node).of(dtype).exact and fused(ranked(node))[1].fixed
+    return dtype, SHARED if fixed else 1
+
+
+@functools.lru_cache(maxsize=4096)
+def _dims_within(node: Reduce) -> tuple[str, ...]:
+    tensor = {"tensor"} if node.by and node.by.kind == "tensor" else set()
+    return ordered({*layouts(node)[1], *tensor})
 
 
 def _exact_quantiles(node, shapes, values, valid, groups, xp) -> Value:

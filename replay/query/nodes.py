@@ -153,7 +153,7 @@ class Node:
         """The nodes that this one is made of."""
         return ()
 
-    @property
+    @functools.cached_property
     def walked(self) -> str:
         """The dimension that a replay walks along, or nothing."""
         return next((dim for dim in self.dims if dim in WALKED), "")

@@ -655,7 +655,10 @@ class Execution:
         walks = []
         for name in names:
             mine = [scan for scan in scans if scan.run == name]
-            walks.append(self._frames(name, passed, reached, *few(self.runs[name].observers, mine)))
+            take, factors = few(self.runs[name].observers, mine)
+            if factors is not None:
+                factors = _at(_of_samples(name, wanted), factors)
+            walks.append(self._frames(name, passed, reached, take, factors))
         early, done = all(map(planning.stops_early, roots)), set()
         every = min([LOOK, *(self.runs[name].replayer.ahead for name in names)])
         frames_at = {*passed.tolist(), *reached.tolist()}
@@ -695,6 +698,9 @@ class Execution:
                     break
                 if keeper.waiting:
                     keeper.audited([*self._verified, *self._verifying])
+                replayed = None
+                for frame in frames:
+                    frame.close()
         for node, root in roots.items():
             if node not in done:
                 root.end()
@@ -726,9 +732,6 @@ class Execution:
         def look(state: int, leaves: Sequence[Any]) -> Any:
             return take(leaves) if take is not None and state in seen else None
 
-        def beforehand(step: int, *inputs: Any) -> Any:
-            return factors(step, *inputs) if factors is not None and step in either else None
-
         for span in planning.spans(asked.catalogue.checkpoints, steps, reached):
             if not span.steps:
                 leaves = jax.device_put(asked.replayer.stored(span.start), jax.devices()[0])
@@ -743,16 +746,17 @@ class Execution:
                 self._progress(begin - span.start)
             walk = asked.replayer.steps(
                 begin, span.stop, exact=self._exact, late=True, look=take and look,
-                beforehand=factors and beforehand, rests=rests, rest=self._anchoring,
+                beforehand=factors, rests=rests, rest=self._anchoring,
             )  # fmt: skip
             try:
                 for replayed in walk:
-                    step, last = replayed.executed.start, replayed
+                    step, last = replayed.executed.start, replayed._replace(beforehand=None)
                     if not replayed.deviation:  # else what closes is not what began
                         self._verifying = [(span.start, replayed.closed)]
                     self.steps += 1
                     if step in either:
                         yield frame(asked.observers, step, replayed.executed.before, replayed)
+                    replayed = None  # its factors are gone before those of the next step are made
                     self._progress(1)
             finally:  # also where the rest is not asked for any more
                 self._verifying = []
@@ -783,6 +787,20 @@ class Execution:
                 lags[this] = (0, local.value(this.child))
             stack += this.children
         return local
+
+
+def _of_samples(name: str, wanted: Mapping[Node, Any]) -> frozenset[int]:
+    """Return the steps at which somebody looks at the gradients of a run's samples."""
+    found: set[int] = set()
+    for node, (_, looked, _) in wanted.items():
+        if any(s.run == name and s.quantity == "sample_grads" for s in node.scans()):
+            found |= looked
+    return frozenset(found)
+
+
+def _at(steps: frozenset[int], factors: Callable[..., list[Any]]) -> Callable[..., Any]:
+    """Return what computes factors at some steps only."""
+    return lambda step, *inputs: factors(step, *inputs) if step in steps else None
 
 
 def _not_kept(number: int, key: int, cell: Cell) -> None:

@@ -193,6 +193,11 @@ class Frame:
         self.observers, self.step, self.before, self.replayed = observers, step, before, replayed
         self._known: dict[Any, Any] = {}
 
+    def close(self) -> None:
+        """Let go of what was computed of the step, before the next one is."""
+        self._known.clear()
+        self.replayed = None
+
     @property
     def ids(self) -> np.ndarray:
         """The samples, -1 for padding."""

@@ -402,10 +402,14 @@ def _dims_within(node: Reduce) -> tuple[str, ...]:
 def _exact_quantiles(node, shapes, values, valid, groups, xp) -> Value:
     _, result_dims = layouts(node)
     formula, q = fused(node.child)[1], node.options["q"]
-    shapes = [shape._replace(rows="") for shape in shapes]  # of groups, some of one row are chosen
+    # Samples stand first in what is reduced: a mask of them is repeated along all the rest.
+    first = [dim for dim in shapes[0].over if dim in ("position", "sample")]
+    rest = [dim for dim in shapes[0].over if dim not in first]
+    shapes = [shape._replace(rows="", over=(*first, *rest)) for shape in shapes]
     arranged = [_arranged(formula, shape)(of_part(values, i)) for i, shape in enumerate(shapes)]
     apart = node.by is not None and node.by.kind in ("tensor", "unit")
-    several = [[x] for x in arranged] if apart or "weight" not in node.over else [arranged]
+    together = kind_of(node).ragged and not apart
+    several = [arranged] if together else [[x] for x in arranged]
     if groups is None:
         found = [xp.asarray(_quantiles(parts, valid, q)) for parts in several]
     else:

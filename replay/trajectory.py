@@ -211,7 +211,7 @@ class LocalEngine:
             grads = rest[reported:] if self.observed else None
             if self._keep:
                 losses, *aux = (np.asarray(x)[first] for x in (losses, *aux))
-            elif first or size < self._signature.block:
+            elif first or self.observed or size < self._signature.block:
                 losses, *aux = (_Rows(x, first, first + size) for x in (losses, *aux))
             before = state if self._keep else None
             yield Executed(stretch.start + first, size, losses, aux, grads, before, after)

@@ -898,6 +898,38 @@ def test_quantiles_of_groups_within_a_step_are_exact(which, request):
             agrees_with(units["hidden"].values[place, :, unit], weights[:, unit])
 
 
+def test_quantiles_of_groups_are_exact_whatever_else_is_reduced(small):
+    run, truth, labels = small
+    losses = run.on(tiny.DATA, name="all").sample_losses.sel(state=slice(0, run.steps))
+    means = losses.groupby("epoch").mean("state")
+    found = means.groupby(labels).quantile(0.5, dim=("epoch", "sample")).compute()
+    epochs = means.compute()["value"].transpose("epoch", "sample").values
+    norms = run.sample_grads.groupby("unit").norm("weight")
+    of_units = norms.groupby(labels).quantile(0.5, dim=("position", "unit")).compute()
+    each = norms.compute()
+    for name in range(3):
+        wanted = np.quantile(epochs[:, labels == name], 0.5)
+        np.testing.assert_allclose(found["value"].values[name], wanted, rtol=1e-5)
+        for step in range(run.steps):
+            mine = labels[truth.ids[step]] == name
+            both = np.concatenate([each[x].values[step][mine].ravel() for x in ("hidden", "out")])
+            wanted = np.quantile(both, 0.5) if mine.any() else np.nan
+            np.testing.assert_allclose(of_units["value"].values[step, name], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 16, 23, 24, 100, 1000])
+@pytest.mark.parametrize("kept", [(), (3,), (2, 3)])
+def test_truth_values_are_counted_in_tables_as_one_by_one(size, kept, monkeypatch):
+    monkeypatch.setattr(states, "LANES", 4)
+    monkeypatch.setattr(states, "_ROWS", 7)  # so that tables of long arrays are wider
+    random = np.random.Generator(np.random.Philox(size))
+    for share in (0.0, 0.02, 0.5, 1.0):
+        truth = random.random((*kept, size)) < share
+        count = np.asarray(states._count_true(jnp.asarray(truth)))
+        assert count.dtype == np.uint32 and (count == truth.sum(-1)).all()
+        assert (np.asarray(states._any_true(jnp.asarray(truth))) == truth.any(-1)).all()
+
+
 @pytest.mark.parametrize("which", ["small", "padded"])
 def test_quantiles_over_steps_are_within_one_part_in_128_of_a_value_that_is_there(which, request):
     run, truth, labels = request.getfixturevalue(which)
@@ -1592,7 +1624,7 @@ def test_what_is_asked_about_an_anchor_goes_on_from_a_state_near_it(tmp_path, mo
     far = taken.compute(cache=False)
     assert int(loud.compute(cache=False)) == 15
     assert near.attrs["steps"] <= searched + 6 < searched + 15 <= far.attrs["steps"]
-    assert near.identical(far.assign_attrs(near.attrs))
+    assert bits_of(near) == bits_of(far)
     assert near.attrs["grade"] == far.attrs["grade"] == "UNAUDITED"
 
 
@@ -1701,7 +1733,7 @@ def test_samples_have_the_same_gradients_where_no_step_keeps_its_state(
     whole = replay.compute(*questions, run.weights.max(), cache=False)  # which needs all of a state
     assert any(keeps)
     for one, other in zip(alone, whole, strict=False):
-        assert one.identical(other.assign_attrs(one.attrs))
+        assert bits_of(one) == bits_of(other)
 
     reductions = (replay.reductions.Sum("square"), replay.reductions.Norm())
     keeps.clear()
@@ -1710,6 +1742,27 @@ def test_samples_have_the_same_gradients_where_no_step_keeps_its_state(
     monkeypatch.setattr(SampleGradients, "beforehand", lambda self, way: None)
     kept = run.reduce(*reductions, steps=steps, strategy="factored")
     assert tiny.bits(free.answers) == tiny.bits(kept.answers) and free.gap == kept.gap
+
+
+@pytest.mark.parametrize("change", [{"key": jax.random.key(6)}, {"optimizer": optax.sgd(0.01, momentum=0.9)}])
+def test_a_fork_is_asked_about_samples_and_anchors_on_both_sides_of_its_beginning(
+    tmp_path, monkeypatch, change
+):
+    monkeypatch.setattr(Rests, "EVERY", 4)
+    parent = tiny.record(tmp_path / "run", checkpoints=tiny.STEPS)
+    run = parent.fork(tmp_path / "fork", at=13, **change)
+    for first in (10, 18):  # found before it begins, and after
+        late = run.sample_losses.sel(step=slice(first, None)).max("position") > 0
+        taken = run.samples.before(late.first("step"), last=6, inclusive=True)
+        taken = taken.join(share=run.sample_updates, grads=run.sample_grads)
+        near = taken.compute(cache=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Rests, "EVERY", 10**6)
+            far = taken.compute(cache=False)
+        assert bits_of(near) == bits_of(far) and near.attrs["steps"] < far.attrs["steps"]
+    alone = run.sample_grads.norm("weight").compute(cache=False)
+    whole, _ = replay.compute(run.sample_grads.norm("weight"), run.weights.max(), cache=False)
+    assert bits_of(alone) == bits_of(whole)
 
 
 def test_only_what_rounds_in_one_way_shares_an_executable(small):

@@ -763,6 +763,7 @@ def calibrate() -> int:
         numbers = (1e6 * price.call, 1e9 * price.element, price.compile)
         table.add_row(kind, *(f"{x:.3g}" for x in numbers))
     _console().print(table)
+    _say("kept for this machine: what `explain` predicts is `calibrated` from now on")
     return 0
 
 

@@ -175,7 +175,7 @@ def test_calibrate_shows_what_it_has_measured_and_later_processes_know_it(capsys
     monkeypatch.setattr(prices, "PRICES", {"element": prices.PRICES["element"]})
     code, printed, errors = ask(capsys, "calibrate")
     assert (code, errors) == (0, "")
-    assert "element [ns]" in printed
+    assert "element [ns]" in printed and "kept for this machine" in printed
     found, known = prices.prices()
     assert known and f"{1e6 * found['element'].call:.3g}" in printed
 

@@ -1744,7 +1744,9 @@ def test_samples_have_the_same_gradients_where_no_step_keeps_its_state(
     assert tiny.bits(free.answers) == tiny.bits(kept.answers) and free.gap == kept.gap
 
 
-@pytest.mark.parametrize("change", [{"key": jax.random.key(6)}, {"optimizer": optax.sgd(0.01, momentum=0.9)}])
+@pytest.mark.parametrize(
+    "change", [{"key": jax.random.key(6)}, {"optimizer": optax.sgd(0.01, momentum=0.9)}]
+)
 def test_a_fork_is_asked_about_samples_and_anchors_on_both_sides_of_its_beginning(
     tmp_path, monkeypatch, change
 ):
@@ -1989,6 +1991,7 @@ def test_what_is_not_finite_is_found_counted_and_ranked_first(exploding):
         (lambda r: r.grads.top_k(0), "the 0 largest are asked for"),
         (lambda r: r.grads.hist([1, 1]), r"edges \[1.0, 1.0\] do not rise"),
         (lambda r: r.grads.quantile(1.5), "quantiles"),
+        (lambda r: r.grads.quantile("weight", 0.5), "quantiles"),
         (lambda r: r.sample_losses.groupby(LABELS).quantile(1.5), "quantiles"),
         (lambda r: r.grads.groupby("tensor").hist([2, 1]), "do not rise"),
         (lambda r: r.grads.first("weight"), "what comes first is asked of steps or states"),

@@ -374,10 +374,12 @@ class Expression:
 
         The latter are within 1 part in 128 of the exact one.
         """
-        many: tuple[Any, ...] = (q,) if isinstance(q, numbers.Real) else tuple(q)  # type: ignore
-        if not all(0 <= x <= 1 for x in many):
+        many: tuple[Any, ...] = (q,) if isinstance(q, numbers.Real | str) else tuple(q)  # type: ignore
+        if not all(isinstance(x, numbers.Real) and 0 <= float(x) <= 1 for x in many):
             raise QueryError(
-                f"quantiles {list(many)}", why="a share lies between 0 and 1", fix="such as 0.5"
+                f"quantiles {list(many)}",
+                why="a share lies between 0 and 1, and stands before the dimension",
+                fix="such as quantile(0.5, 'weight')",
             )
         found = self._reduce("quantile", dim, q=tuple(map(float, many)))
         if isinstance(q, numbers.Real):

@@ -102,8 +102,8 @@ class SampleGradients:
 
     def inputs(self, replayed: Replayed) -> tuple[Any, ...]:
         """Return what the archived programs take: state, key, step, ids, weights and batch."""
-        executed, (ids, weights, batch) = replayed.executed, replayed[1:4]
-        return self._inputs(executed.start, executed.before, ids, weights, batch)
+        r, executed = replayed, replayed.executed
+        return self._inputs(executed.start, executed.before, r.ids, r.weights, r.batch)
 
     def _inputs(self, step: int, before: Sequence[Any], ids, weights, batch) -> tuple[Any, ...]:
         key = _on_device(self._log.origin(step).header.key)

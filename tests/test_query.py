@@ -930,6 +930,12 @@ def test_truth_values_are_counted_in_tables_as_one_by_one(size, kept, monkeypatc
         assert (np.asarray(states._any_true(jnp.asarray(truth))) == truth.any(-1)).all()
 
 
+def test_no_row_of_a_table_counts_beyond_sixteen_bits(monkeypatch):
+    monkeypatch.setattr(states, "LANES", 1)
+    for size in (2**16 - 1, 2**16, 2**17 + 1):
+        assert int(states._count_true(jnp.ones(size, bool))) == size
+
+
 @pytest.mark.parametrize("which", ["small", "padded"])
 def test_quantiles_over_steps_are_within_one_part_in_128_of_a_value_that_is_there(which, request):
     run, truth, labels = request.getfixturevalue(which)

@@ -256,10 +256,10 @@ class Place:
             self._kv.delete_range(tensorstore.KvStore.KeyRange(name + "/", name + "0")).result()
             return
         path = self._local / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        while path.is_dir():
+            with contextlib.suppress(FileNotFoundError):  # another process deletes it, too
+                shutil.rmtree(path)
+        path.unlink(missing_ok=True)
 
     def kvstore(self, name: str) -> Any:
         """Return the TensorStore specification of one folder inside."""

@@ -29,9 +29,11 @@ What is compared:
 How it is measured. Blocks of training steps and of every cell alternate in one process, and a
 ratio is the median of the ratios of neighbouring blocks, with a bootstrap interval of 95%. A
 target is met where the upper end of the interval meets it. Where `auto` lowers to the very program
-of the best strategy, their ratio is one, and not timed. Memory is what XLA reserves beside
-arguments and results, on both sides. The learning rate is so small that the weights stay where
-they are, so that all cells see the same gradients; for the running ten largest it is a real one.
+of the best strategy, their ratio is one, and not timed. Memory is the peak beyond the answer, on
+both sides: of a step its state, its batch and what XLA reserves, of a reduction weights, batch and
+what XLA reserves; what is reserved alone is compared beside it, without a target. The learning rate
+is so small that the weights stay where they are, so that all cells see the same gradients; for the
+running ten largest it is a real one.
 """
 
 import argparse
@@ -50,7 +52,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -243,16 +245,31 @@ class Stepper:
         self.state = (jax.tree.map(jnp.copy, params), optimizer.init(params))
         self._compiled = jax.jit(train, donate_argnums=0).lower(self.state, batch).compile()
         self._batch = batch
-        self.temporary = temporary(self._compiled)
+        self.memory = Memory.of(self._compiled)
 
     def __call__(self, batch: Any = None) -> Any:
         self.state, value = self._compiled(self.state, self._batch if batch is None else batch)
         return jax.block_until_ready(value)
 
 
-def temporary(compiled: Any) -> int:
-    """Return the bytes that an executable reserves beside its arguments and results."""
-    return compiled.memory_analysis().temp_size_in_bytes
+class Memory(NamedTuple):
+    """The bytes that an executable takes while it runs.
+
+    Attributes:
+        peak: arguments, such as the state of a training or a batch, and what is reserved; not
+            results, which take the place of arguments or are the answer itself.
+        reserved: beside arguments and results.
+    """
+
+    peak: int
+    reserved: int
+
+    @classmethod
+    def of(cls, compiled: Any) -> "Memory":
+        """Ask the compiler."""
+        found = compiled.memory_analysis()
+        reserved = found.temp_size_in_bytes
+        return cls(found.argument_size_in_bytes + reserved, reserved)
 
 
 # ----------------------------------------------------------------------------------- reductions
@@ -424,34 +441,39 @@ def measure_cells(settings: Settings, model: str) -> list[Figure]:
     loss, params, batch = beginning(case, settings)
     step = Stepper(loss, params, batch, settings.learning_rate)
     cells: dict[Any, Callable[[], Any]] = {}
-    memory: dict[Any, int] = {}
+    memory: dict[Any, Memory] = {}
     texts: dict[Any, str] = {}
     for name in REDUCTIONS:
         tune(loss, name, params, batch, settings)
         for strategy, reduce in strategies(case, loss, name, settings).items():
             lowered = jax.jit(reduce).lower(params, batch, None)
             compiled, texts[name, strategy] = lowered.compile(), lowered.as_text()
-            memory[name, strategy] = temporary(compiled)
+            memory[name, strategy] = Memory.of(compiled)
             cells[name, strategy] = functools.partial(compiled, params, batch, None)
     found = alternate(step, cells, settings)
 
     each = np.concatenate([steps for _, steps in found.values()])
     figures = [
         Figure(f"{model} step", median_of(1e3 * each, settings), "ms"),  # type: ignore[arg-type]
-        Figure(f"{model} step: memory", counted(step.temporary / 1e6), "MB"),
+        Figure(f"{model} step: memory", counted(step.memory.peak / 1e6), "MB"),
+        Figure(f"{model} step: reserved", counted(step.memory.reserved / 1e6), "MB"),
     ]
     limits = dict(case.limits)
     for (name, strategy), pair in found.items():
-        what, bytes_ = f"{model} {name}: {strategy}", memory[name, strategy]
+        what, taken = f"{model} {name}: {strategy}", memory[name, strategy]
+        peak, reserved = (x / y for x, y in zip(taken, step.memory, strict=True))
         limit = limits.get(name) if strategy == "auto" else None
         most = settings.memory_limit if strategy == "auto" else None
         figures += [
             Figure(f"{what} / step", ratio(pair, settings), limit=limit),
-            Figure(f"{what}, memory / step", counted(bytes_ / step.temporary), limit=most),
+            Figure(f"{what}, memory / step", counted(peak), limit=most),
+            Figure(f"{what}, reserved / step", counted(reserved)),
         ]
         if strategy == "vmap":
             most = settings.memory / 1e6
-            figures.append(Figure(f"{what}, memory", counted(bytes_ / 1e6), "MB", limit=most))
+            figures.append(
+                Figure(f"{what}, reserved", counted(taken.reserved / 1e6), "MB", limit=most)
+            )
     for name in REDUCTIONS:
         ratios = {strategy: np.divide(*found[name, strategy]) for strategy in STRATEGIES}
         chosen = ratios.pop("auto")

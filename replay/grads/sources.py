@@ -148,8 +148,8 @@ class Problem:
 
         each = _bytes([jax.ShapeDtypeStruct(form.shape, form.wide) for form in forms])
         scan = strategy == "scan"
-        # Four times, because a ranking holds several copies of what it looks at.
-        at_once = self._at_once(4 * each, memory, _SCANNED if scan else None)
+        # A ranking or a projection holds six copies of what it looks at.
+        at_once = self._at_once(8 * each, memory, _SCANNED if scan else None)
         return Group(strategy, wanted, each, at_once, _one_by_one(one) if scan else _over(one))
 
     def groups(self, strategies: Sequence[str], memory: int) -> list[Group]:

@@ -655,7 +655,8 @@ class Execution:
         walks = []
         for name in names:
             mine = [scan for scan in scans if scan.run == name]
-            take, factors = few(self.runs[name].observers, mine)
+            asked = self.runs[name]
+            take, factors = few(asked.observers, mine, overlaps=asked.replayer.overlaps)
             if factors is not None:
                 factors = _at(_of_samples(name, wanted), factors)
             walks.append(self._frames(name, passed, reached, take, factors))
@@ -725,7 +726,7 @@ class Execution:
         frame = functools.partial(Sparing, memory=self._memory // 4)
         order = np.union1d(steps, reached)
         either, only = set(order.tolist()), set(reached.tolist())
-        kept = 2 * sum(leaf.nbytes for leaf in asked.observers.signature.state)
+        kept = Rests.KEPT * sum(leaf.nbytes for leaf in asked.observers.signature.state)
         rests = self._rests[name] if self._exact and kept <= self._memory // 4 else None
         seen = either | {step + 1 for step in steps.tolist()}
 

@@ -128,16 +128,16 @@ class Few(dict[tuple[int, Part], Any]):
 
 
 def few(
-    observers: Observers, scans: Iterable[Scan]
+    observers: Observers, scans: Iterable[Scan], *, overlaps: bool
 ) -> tuple[Callable[[Sequence[Any]], Few | None] | None, Callable[..., list[Any]] | None]:
     """Return what takes from a state all that quantities are made of, so that no step keeps it.
 
     None where they need whole tensors of it. Besides, what computes the factors of a step before it
-    takes the memory of its state, where they are asked for.
+    takes the memory of its state, where they are asked for and the replay does not overlap with it.
     """
     scans = list(scans)
-    had = None
-    if any(scan.quantity == "sample_grads" and not scan.source for scan in scans):
+    had, asked = None, any(scan.quantity == "sample_grads" and not scan.source for scan in scans)
+    if asked and not overlaps:
         had = observers.gradients.beforehand(observers.way)
     take = _taker(
         observers, scans, _OF_NO_STATE if had is None else (*_OF_NO_STATE, "sample_grads")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from replay.identity import (
     environment,
     fingerprint_on_host,
     short_digest,
+    threads,
     witness,
 )
 from replay.log import JOURNAL, Log
@@ -29,6 +31,7 @@ from replay.trajectory import (
     LocalEngine,
     Stretch,
     cuts,
+    prefetch,
     read_stretch,
     stage,
     staged_steps,
@@ -169,10 +172,12 @@ class Replayed(NamedTuple):
 class Rests:
     """The last states at which a replay could have rested, for a later one to go on from.
 
-    One copy is made every `EVERY` steps, into the memory of the last but one.
+    One copy is made every `EVERY` steps, into the memory of the oldest of `KEPT`: the last lies
+    behind who looks at the steps where the replay is ahead of him.
     """
 
     EVERY = 32
+    KEPT = 3
 
     def __init__(self):
         self._kept: list[tuple[int, Sequence[Any]]] = []
@@ -185,7 +190,7 @@ class Rests:
     def take(self, state: int, engine: Engine, held: Any) -> None:
         """Take a state, if one is due."""
         if state % self.EVERY == 0 and state not in dict(self._kept):
-            into = self._kept.pop(0)[1] if len(self._kept) == 2 else None
+            into = self._kept.pop(0)[1] if len(self._kept) == self.KEPT else None
             self._kept.append((state, engine.fetch(held, into)))
 
 
@@ -332,7 +337,8 @@ class Replayer:
             stop: the step after the last.
             exact: see above.
             late: whether the losses of some steps are compared together, when later ones are under
-                way: for who shows nothing before the end, and asks `agrees` where they end early.
+                way, in a thread of their own where the replay `overlaps` with who looks at it: for
+                who shows nothing before the end, and asks `agrees` where they end early.
             look: `look(number, state)`, whose result stands in the place of a state; each step then
                 takes the memory of the state before it.
             beforehand: `beforehand(step, state, ids, weights, batch)`, whose result, computed
@@ -343,7 +349,34 @@ class Replayer:
         if stop <= start:
             return
         self.anchor(stop)
-        anchor = self.anchor(start)
+        walk = self._steps(
+            self.anchor(start), start, stop, exact=exact, late=late, look=look,
+            beforehand=beforehand, rests=rests, rest=rest,
+        )  # fmt: skip
+        if late and self.overlaps:
+            walk = prefetch(walk, 1, name="replay-steps", wait=True)
+        with contextlib.closing(walk):
+            for found in walk:
+                if isinstance(found, Divergence):
+                    warnings.warn(f"not every step is exact: {found}", stacklevel=3)
+                else:
+                    yield found
+                found = None  # what is large about a step is gone before the next one
+
+    def _steps(
+        self,
+        anchor: int,
+        start: int,
+        stop: int,
+        *,
+        exact: bool,
+        late: bool,
+        look: Callable[[int, Sequence[Any]], Any] | None,
+        beforehand: Callable[..., Any] | None,
+        rests: Rests | None,
+        rest: bool,
+    ) -> Generator[Replayed | Divergence]:
+        """Replay steps from a stored state on; yield where they depart from the log, too."""
         signature = self._log.header.signature
         keep = look is None
         engine = self.engine(anchor, keep=keep, observed=True)
@@ -399,7 +432,7 @@ class Replayer:
                 held = engine.load(self.stored(b))
                 seen = look(b, held) if look is not None else None
                 walk = _Walk(self._log, b)
-            warnings.warn(f"not every step is exact: {divergence}", stacklevel=3)
+            yield divergence
 
     def audit(self, start: int, stop: int, progress: Callable[[int], None]) -> list[Segment]:
         """Replay all segments that hold steps of `[start, stop)`; call `progress(steps)`."""
@@ -547,6 +580,16 @@ class Replayer:
         return np.flatnonzero((logged != lanes).any(axis=1)).tolist()
 
     @functools.cached_property
+    def overlaps(self) -> bool:
+        """Whether steps are replayed in a thread beside that of who looks at them, one by one late.
+
+        There is then no need to be done with a state before the next one is computed, but several
+        are kept. Where XLA has one thread only, it would take turns.
+        """
+        size = sum(leaf.nbytes for leaf in self._log.header.signature.state)
+        return 4 * size <= AHEAD_BYTES and threads() > 1
+
+    @functools.cached_property
     def ahead(self) -> int:
         """How many steps may be under way before anybody waits for them."""
         size = sum(leaf.nbytes for leaf in self._log.header.signature.state)
@@ -608,6 +651,7 @@ class _Walk:
     def __init__(self, log: Log, start: int, begin: int | None = None):
         self._log, self._agreed = log, f"state {start}"
         self._waiting: list[Any] = []
+        self._lock = threading.RLock()  # who replays compares, and who takes no more of the steps
         self._compared = start if begin is None else begin
         self.divergence: Divergence | None = None
         self.closed = start
@@ -619,16 +663,18 @@ class _Walk:
         until then nobody waits for the device. A digest waits for nothing.
         """
         state = executed.start + executed.count
-        self._waiting.append(executed.losses)
-        if state in self._log.durable.digests:
-            self.finish()
-            self._check_state(state, engine, executed.after)
-        elif len(self._waiting) > late:
-            self._compare(len(self._waiting) - (late > 0))  # the last one is still computed
+        with self._lock:
+            self._waiting.append(executed.losses)
+            if state in self._log.durable.digests:
+                self.finish()
+                self._check_state(state, engine, executed.after)
+            elif len(self._waiting) > late:
+                self._compare(len(self._waiting) - (late > 0))  # the last one is still computed
 
     def finish(self) -> None:
         """Compare whatever waits."""
-        self._compare(len(self._waiting))
+        with self._lock:
+            self._compare(len(self._waiting))
 
     def _compare(self, count: int) -> None:
         first, self._waiting = self._waiting[:count], self._waiting[count:]

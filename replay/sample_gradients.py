@@ -360,7 +360,7 @@ def reduce(
             return next(walk)
 
     strategy = gradients.choose(strategy, first, reductions)
-    had = gradients.beforehand(strategy)
+    had = None if replayer.overlaps else gradients.beforehand(strategy)
     look = None if had is None else lambda state, leaves: None
     for replayed in replayer.steps(
         steps.start, steps.stop, exact=exact, late=True, look=look, beforehand=had

@@ -9,7 +9,7 @@ import functools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from replay.errors import DataError
 from replay.identity import fingerprint, settings_here, sha256
 from replay.log import Log
 from replay.tree import Leaf, copies
+
+Item = TypeVar("Item")
 
 
 class Stretch(NamedTuple):
@@ -258,7 +260,21 @@ def stage(
         cuts: the neighbouring `(a, b)` to read.
         ahead: how many stretches may lie ready.
     """
-    ready: queue.Queue = queue.Queue(maxsize=ahead)
+    return prefetch((read(start, stop) for start, stop in cuts), ahead, name="replay-stage")
+
+
+def prefetch(
+    items: Generator[Item, None, None], size: int, *, name: str, wait: bool = False
+) -> Generator[Item, None, None]:
+    """Make items in a thread, ahead of who takes them.
+
+    Args:
+        items: what is made; closed by the thread.
+        size: how many may lie ready.
+        name: of the thread.
+        wait: whether to wait, where somebody takes no more of them, until none is made any more.
+    """
+    ready: queue.Queue = queue.Queue(maxsize=size)
     stopped, settings = threading.Event(), settings_here()
 
     def put(item) -> bool:
@@ -270,22 +286,31 @@ def stage(
 
     def work():
         try:
-            with settings():
-                for start, stop in cuts:
-                    if not put(read(start, stop)):
+            with settings(), contextlib.closing(items):
+                for item in items:
+                    if not put((item,)):
                         return
+                    item = None  # who takes it holds it
             put(None)
-        except BaseException as error:  # raised again where the stretch was wanted
+        except BaseException as error:  # raised again where the item was wanted
             put(error)
 
-    threading.Thread(target=work, name="replay-stage", daemon=True).start()
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
+        while (found := ready.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
+            (item,), found = found, None
             yield item
+            item = None
     finally:
         stopped.set()
+        with contextlib.suppress(queue.Empty):
+            while wait:
+                ready.get_nowait()  # whoever waits for room sees at once that he is stopped
+        if wait:
+            thread.join()
 
 
 def cuts(

@@ -1,9 +1,10 @@
 import threading
+import weakref
 
 import numpy as np
 import pytest
 
-from replay.trajectory import Stretch, cuts, stage, steps_at_once
+from replay.trajectory import Stretch, cuts, prefetch, stage, steps_at_once
 
 
 def test_steps_are_cut_at_multiples_counted_from_step_zero():
@@ -47,3 +48,33 @@ def test_closing_ends_the_reading_thread():
         if thread.name == "replay-stage":
             thread.join(timeout=5)
     assert threading.active_count() == before
+
+
+class Large:
+    """Stands for the state of a step."""
+
+
+def test_who_waits_closes_what_makes_the_items_and_holds_none_of_them():
+    closed, made = [], []
+
+    def items():
+        try:
+            while True:
+                item = Large()
+                made.append(weakref.ref(item))
+                yield item
+                item = None
+        finally:
+            closed.append(threading.current_thread().name)
+
+    ahead = prefetch(items(), 1, name="replay-test", wait=True)
+    item = next(ahead)
+    assert item is made[0]()
+    item = next(ahead)
+    assert item is made[1]() and made[0]() is None
+    assert not closed
+    ahead.close()
+    assert closed == ["replay-test"]
+    assert not any(thread.name == "replay-test" for thread in threading.enumerate())
+    del item
+    assert 2 <= len(made) <= 4 and not any(ref() for ref in made)  # one ready, one in the making

@@ -126,8 +126,9 @@ class _Cell:
 
     def take(self, payload: Any, leaves: Sequence[Any], occurrences: Any) -> None:
         if self.layout is None:
-            look = _layout(self._reduction, self._group, self._number)
-            self.layout, self._on_host = look(payload, leaves)
+            self.layout, self._on_host = _layout(
+                self._reduction, self._group, self._number, payload, leaves
+            )
         if self.state is None:
             self.state = _init(self._reduction, self.layout, str(self._form.wide))()
             if self._on_host:
@@ -224,29 +225,42 @@ def _factors_on_host(form: Form, payload: Any) -> Outer:
     return Outer(np.ones((len(rows), 1, 1, 1), np.float32), rows.reshape(len(rows), 1, 1, -1))
 
 
-def _layout(reduction: Any, group: Group, number: int) -> Callable[..., tuple]:
-    """Return a function of a payload to the layout, and whether a compiled kernel takes it.
+def _layout(
+    reduction: Any, group: Group, number: int, payload: Any, leaves: Sequence[Any]
+) -> tuple[tuple[int, ...], bool]:
+    """Return the layout of a tensor's running state, and whether a compiled kernel takes it.
 
     It does where a gradient is one product, or exists already: of sums over time XLA's matrix
     products are faster.
     """
+    form = group.tensors[number].form
+    if form.way == "factors":
+        layout, short = _probed(lambda *given: group.gradients(number, *given), payload, leaves)
+    else:
+        parts, tree = jax.tree.flatten(payload)
+        layout, short = _shared_layout(form, tree, tuple((x.shape, str(x.dtype)) for x in parts))
+    plain = isinstance(reduction, TopK) and reduction.plain and COMPILED
+    return layout, plain and short and jax.default_backend() == "cpu"
 
-    def look(payload: Any, leaves: Sequence[Any]) -> tuple[tuple[int, ...], bool]:
-        found: list[tuple[tuple[int, ...], bool]] = []
 
-        def probe(payload, leaves):
-            gradients = group.gradients(number, payload, leaves)
-            factors = gradients.kernel_factors()
-            short = factors is not None and factors.left.shape[2] == 1
-            found.append((gradients.layout, short))
-            return 0
+# Probing takes as long as a step of a small model.
+@functools.lru_cache(maxsize=4096)
+def _shared_layout(form: Form, tree: Any, parts: tuple) -> tuple[tuple[int, ...], bool]:
+    payload = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*part) for part in parts])
+    return _probed(functools.partial(gradients_of, form), payload)
 
-        jax.eval_shape(probe, payload, leaves)
-        layout, short = found[0]
-        plain = isinstance(reduction, TopK) and reduction.plain and COMPILED
-        return layout, plain and short and jax.default_backend() == "cpu"
 
-    return look
+def _probed(gradients: Callable[..., Any], *given: Any) -> tuple[tuple[int, ...], bool]:
+    found: list[tuple[tuple[int, ...], bool]] = []
+
+    def probe(*given):
+        here = gradients(*given)
+        factors = here.kernel_factors()
+        found.append((here.layout, factors is not None and factors.left.shape[2] == 1))
+        return 0
+
+    jax.eval_shape(probe, *given)
+    return found[0]
 
 
 def check(reductions: Sequence[Any]) -> None:

@@ -15,10 +15,10 @@ Command:  python experiments/bench_per_sample.py            writes results/bench
 Expected: the result says which of these targets are met. On the MLP norms take at most 0.45 steps,
           sums of squares and of magnitudes 1.0, the maximum 2.5, its position 3, the running ten
           largest after 500 steps 6 with the compiled kernel and 15 in XLA alone. `auto` takes at
-          most 1.1 times the best of the strategies, memory at most 1.5 times that of a step, and
-          never more than the limit that a fall-back was given. An epoch replayed with the squares
-          of every sample takes 2.0 times its training on the MLP, 2.2 on the others. A plain
-          `vmap(grad)` on the MLP takes 50 to 200 steps.
+          most 1.1 times the best of the strategies. Factors take at most 1.5 times the memory of a
+          step, `vmap` never more than the limit that it was given. An epoch replayed with the
+          squares of every sample takes 2.0 times its training on the MLP, 2.2 on the others. A
+          plain `vmap(grad)` on the MLP takes 50 to 200 steps.
 Run time: 40 minutes on two cores (a guess), --quick 10 minutes; nothing else should run meanwhile.
 
 What is compared:
@@ -463,7 +463,7 @@ def measure_cells(settings: Settings, model: str) -> list[Figure]:
         what, taken = f"{model} {name}: {strategy}", memory[name, strategy]
         peak, reserved = (x / y for x, y in zip(taken, step.memory, strict=True))
         limit = limits.get(name) if strategy == "auto" else None
-        most = settings.memory_limit if strategy == "auto" else None
+        most = settings.memory_limit if strategy == "factored" else None
         figures += [
             Figure(f"{what} / step", ratio(pair, settings), limit=limit),
             Figure(f"{what}, memory / step", counted(peak), limit=most),

@@ -463,7 +463,8 @@ def measure_cells(settings: Settings, model: str) -> list[Figure]:
         what, taken = f"{model} {name}: {strategy}", memory[name, strategy]
         peak, reserved = (x / y for x, y in zip(taken, step.memory, strict=True))
         limit = limits.get(name) if strategy == "auto" else None
-        most = settings.memory_limit if strategy == "factored" else None
+        by_rule = texts[name, strategy] == texts[name, "factored"]
+        most = settings.memory_limit if by_rule and strategy in ("factored", "auto") else None
         figures += [
             Figure(f"{what} / step", ratio(pair, settings), limit=limit),
             Figure(f"{what}, memory / step", counted(peak), limit=most),

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import operator
 import os
+import reprlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -363,6 +364,7 @@ class Run(Quantities):
             LogError: there is no such state, or a file it needs is damaged.
             DivergenceError: the replay departs from the run.
         """
+        state = _counted(state, "state")
         number = state + self.steps + 1 if state < 0 else state
         return self._lift(self._replayer.state(number, exact=exact))
 
@@ -415,7 +417,8 @@ class Run(Quantities):
             LogError, DataError: a file or a batch is not what it was.
             DivergenceError: the replay departs from the run.
         """
-        stop = self.steps if stop is None else stop
+        start = _counted(start, "step")
+        stop = self.steps if stop is None else _counted(stop, "step")
         for replayed in self._replayer.steps(start, stop, exact=exact):
             executed = replayed.executed
             key = jnp.asarray(self.log.origin(executed.start).header.key, jnp.uint32)
@@ -1182,6 +1185,22 @@ def _work(
 ) -> Any:
     """Replay a part of a question in another process."""
     return _opened(address, allow).asking.part(nodes, within, options)
+
+
+def _counted(number: Any, what: str) -> int:
+    """Return the number of a state or step.
+
+    Raises:
+        LogError: it is no whole number.
+    """
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise LogError(
+            f"{what} {reprlib.repr(number)} is asked for",
+            why="states and steps are counted: state t is that before step t",
+            fix="a whole number; several states by run.states(slice(...))",
+        ) from None
 
 
 @jax.jit

@@ -6,6 +6,7 @@ journal.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import os
@@ -585,13 +586,15 @@ class Log:
         """Read one chunk of a step column; the last few are kept, as replays go step by step."""
         array = self.array(group, number)
         key = (array.spec.name, index)
-        if key not in self._cached:
+        found = self._cached.get(key)
+        if found is None:
             rows = array.spec.chunk[0]
             stop = min((index + 1) * rows, array.spec.shape[0])
-            self._cached[key] = array.read(slice(index * rows, stop))
-            while len(self._cached) > 16:
-                self._cached.popitem(last=False)
-        return self._cached[key]
+            found = self._cached[key] = array.read(slice(index * rows, stop))
+            with contextlib.suppress(KeyError):  # threads that read side by side leave fewer
+                while len(self._cached) > 16:
+                    self._cached.popitem(last=False)
+        return found
 
     def array(self, group: str, number: int) -> StoredArray:
         """Return one array of a group, opened once."""

@@ -172,26 +172,30 @@ class Replayed(NamedTuple):
 class Rests:
     """The last states at which a replay could have rested, for a later one to go on from.
 
-    One copy is made every `EVERY` steps, into the memory of the oldest of `KEPT`: the last lies
-    behind who looks at the steps where the replay is ahead of him.
+    One copy is made every `EVERY` steps, into the memory of the oldest of `KEPT`: the last may lie
+    beyond the step that is looked at, where the replay is ahead.
     """
 
     EVERY = 32
     KEPT = 3
 
     def __init__(self):
-        self._kept: list[tuple[int, Sequence[Any]]] = []
+        self._kept: list[tuple[int, Sequence[Any], _Walk]] = []
 
     def nearest(self, first: int, last: int) -> tuple[int, Sequence[Any]] | None:
-        """Return the latest of states `(first, last]`, with its leaves; None if there is none."""
-        found = [state for state, _ in self._kept if first < state <= last]
-        return (max(found), dict(self._kept)[max(found)]) if found else None
+        """Return the latest of states `(first, last]`, with its leaves; None if there is none.
 
-    def take(self, state: int, engine: Engine, held: Any) -> None:
-        """Take a state, if one is due."""
-        if state % self.EVERY == 0 and state not in dict(self._kept):
+        Only those up to which the log agrees: a replay may be broken off before it was compared.
+        """
+        kept = sorted(self._kept, key=lambda one: one[0], reverse=True)
+        found = ((s, leaves) for s, leaves, walk in kept if first < s <= last and walk.agrees(s))
+        return next(found, None)
+
+    def take(self, state: int, engine: Engine, held: Any, walk: "_Walk") -> None:
+        """Take a state that a walk has come to, if one is due."""
+        if state % self.EVERY == 0 and state not in {state for state, *_ in self._kept}:
             into = self._kept.pop(0)[1] if len(self._kept) == self.KEPT else None
-            self._kept.append((state, engine.fetch(held, into)))
+            self._kept.append((state, engine.fetch(held, into), walk))
 
 
 class Replayer:
@@ -216,6 +220,7 @@ class Replayer:
         self._log, self._data, self._allow = log, data, tuple(allow)
         shared = like is not None and like._allow == self._allow
         self._engines: dict[tuple, Engine] = like._engines if like and shared else {}
+        self._making = like._making if like and shared else threading.RLock()
         self._here: dict[str, Any] = {}
         self._differences: dict[str, tuple] | None = None
 
@@ -413,12 +418,12 @@ class Replayer:
                     if walk.divergence is not None and not deviation:
                         deviation = float("nan")
                     if resting is not None:
-                        resting.take(step + 1, engine, held)
+                        resting.take(step + 1, engine, held, walk)
                     if look is not None:
                         before, seen = seen, look(step + 1, held)
                         executed = executed._replace(before=before, after=seen)
                     if step >= start:
-                        agrees = functools.partial(self._agrees, walk, exact)
+                        agrees = functools.partial(self._agrees, walk, exact, step + 1)
                         yield Replayed(executed, *inputs, deviation, walk.closed, agrees, had)
                 assert next(calls, None) is None, "a call for each step"
             if walk.divergence is None:
@@ -540,6 +545,10 @@ class Replayer:
         Raises:
             LogError, IdentityError: a program is damaged or cannot be executed here.
         """
+        with self._making:  # of whom walks side by side, one compiles
+            return self._engine(step, keep=keep, observed=observed)
+
+    def _engine(self, step: int, *, keep: bool, observed: bool | None) -> Engine:
         log = self._log.origin(step)
         header, signature = log.header, log.header.signature
         hashes = [header.programs[name].get("sha256") for name in signature.programs]
@@ -581,12 +590,17 @@ class Replayer:
 
     @functools.cached_property
     def overlaps(self) -> bool:
-        """Whether steps are replayed in a thread beside that of who looks at them, one by one late.
+        """Whether steps are replayed in a thread beside that of who looks at them, and is late.
 
         There is then no need to be done with a state before the next one is computed, but several
-        are kept. Where XLA has one thread only, it would take turns.
+        are kept. Where XLA has one thread only, both would take turns; a worker, which may be asked
+        for several walks by one thread alone, runs ahead by itself.
         """
-        size = sum(leaf.nbytes for leaf in self._log.header.signature.state)
+        log, size = self._log, sum(leaf.nbytes for leaf in self._log.header.signature.state)
+        while log is not None:
+            if settable(self._of(log), log.header.environment.get("platform", "cpu")):
+                return False
+            log = log.parent if log.first else None
         return 4 * size <= AHEAD_BYTES and threads() > 1
 
     @functools.cached_property
@@ -595,11 +609,12 @@ class Replayer:
         size = sum(leaf.nbytes for leaf in self._log.header.signature.state)
         return max(1, min(LATE, AHEAD_BYTES // max(size, 1)))
 
-    def _agrees(self, walk: "_Walk", exact: bool) -> bool:
-        walk.finish()
-        if walk.divergence is not None and exact:
+    def _agrees(self, walk: "_Walk", exact: bool, state: int) -> bool:
+        if walk.agrees(state):
+            return True
+        if exact and walk.divergence is not None:
             raise self._diverged(walk.divergence)
-        return walk.divergence is None
+        return False
 
     def _deviation(self, state: int, leaves: Sequence[Any]) -> tuple[str | None, float]:
         """Compare a replayed state with the stored one: first differing leaf, largest deviation.
@@ -654,7 +669,7 @@ class _Walk:
         self._lock = threading.RLock()  # who replays compares, and who takes no more of the steps
         self._compared = start if begin is None else begin
         self.divergence: Divergence | None = None
-        self.closed = start
+        self.departed, self.closed = 0, start
 
     def check(self, executed: Executed, engine: Engine, *, late: int = 0) -> None:
         """Compare the witnesses of the steps of one call, and the digest of the state after.
@@ -676,6 +691,11 @@ class _Walk:
         with self._lock:
             self._compare(len(self._waiting))
 
+    def agrees(self, state: int) -> bool:
+        """Compare whatever waits; tell whether all evidence up to a state agrees."""
+        self.finish()
+        return self.divergence is None or self.departed > state
+
     def _compare(self, count: int) -> None:
         first, self._waiting = self._waiting[:count], self._waiting[count:]
         if not first or self.divergence is not None:
@@ -685,6 +705,7 @@ class _Walk:
         differ = np.flatnonzero(found != self._log.column("witness", start, self._compared))
         if len(differ):
             step = start + int(differ[0])
+            self.departed = step + 1
             self.divergence = Divergence(self._agreed, f"the losses of step {step}")
 
     def _check_state(self, state: int, engine: Engine, held: Any) -> None:
@@ -701,4 +722,5 @@ class _Walk:
         if not short:
             differ = (np.frombuffer(logged, np.uint32).reshape(-1, 2) != found).any(axis=1)
             tensor = self._log.header.signature.state[int(np.argmax(differ))].path
+        self.departed = state
         self.divergence = Divergence(self._agreed, f"state {state}", tensor)

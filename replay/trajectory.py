@@ -281,7 +281,7 @@ def prefetch(
         while not stopped.is_set():
             with contextlib.suppress(queue.Full):
                 ready.put(item, timeout=0.1)
-                return True
+                return not stopped.is_set()
         return False
 
     def work():
@@ -296,8 +296,9 @@ def prefetch(
             put(error)
 
     thread = threading.Thread(target=work, name=name, daemon=True)
-    thread.start()
+    found = None
     try:
+        thread.start()
         while (found := ready.get()) is not None:
             if isinstance(found, BaseException):
                 raise found
@@ -305,11 +306,12 @@ def prefetch(
             yield item
             item = None
     finally:
+        del found  # an error holds what its frames hold, this one among them
         stopped.set()
         with contextlib.suppress(queue.Empty):
             while wait:
                 ready.get_nowait()  # whoever waits for room sees at once that he is stopped
-        if wait:
+        if wait and thread.is_alive() and thread is not threading.current_thread():
             thread.join()
 
 

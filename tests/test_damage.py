@@ -132,7 +132,7 @@ def test_an_intact_run_shows_no_damage(intact, tmp_path):
     assert not assert_right_or_refused(intact.copy(tmp_path), intact)
 
 
-@pytest.mark.parametrize("flips", [60, pytest.param(500, marks=pytest.mark.full)])
+@pytest.mark.parametrize("flips", [40, pytest.param(500, marks=pytest.mark.full)])
 def test_a_flipped_bit_anywhere_is_noticed_or_without_effect(intact, tmp_path, flips):
     """Half of the places are drawn by file, so that small files are met, half by size."""
     random = np.random.Generator(np.random.Philox(9))
@@ -718,6 +718,9 @@ def test_questions_about_what_is_not_there_are_refused(intact, tmp_path):
     run = replay.open(intact.copy(tmp_path))
     for state in (25, -26):
         refuse(replay.LogError, "has states 0 to 24, not ", run.state, state)
+    for odd in (3.5, "3", None):
+        refuse(replay.LogError, f"state {odd!r} is asked for", run.state, odd)
+        refuse(replay.LogError, f"step {odd!r} is", lambda s=odd: list(run.trajectory(s)))
     for steps in [(0, 25), (-1, 3)]:
         refuse(replay.LogError, "has states 0 to 24, not", lambda s=steps: list(run.trajectory(*s)))
         refuse(replay.LogError, f"has steps 0 to 23, not {steps[0]} to", run.ids, *steps)

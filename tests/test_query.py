@@ -605,10 +605,12 @@ print(json.dumps([[np.asarray(v).tobytes().hex() for v in several_questions(repl
         assert [np.asarray(x).tobytes().hex() for x in several_questions(run)] == there
 
 
-def looked_into(path):
+def looked_into(path, fork):
     """Return bits of what states and gradients of every step are looked into for."""
-    run = replay.open(path)
+    run, forked = replay.open(path), replay.open(fork)
     answers = [
+        # Both are replayed side by side, by the same programs before the fork.
+        abs(forked.updates - forked.parent.updates).sum("step").compute(),
         run.weights.sel(state=3).compute(),
         run.updates.norm("weight").compute(),
         run.sample_grads.sel(step=[2, 9]).norm("weight").compute(),
@@ -619,13 +621,15 @@ def looked_into(path):
     return found + [np.asarray(x).tobytes().hex() for x in jax.tree.leaves(norms)]
 
 
-def test_a_process_with_another_thread_count_answers_with_the_same_bits(small):
+def test_a_process_with_another_thread_count_answers_with_the_same_bits(small, tmp_path):
     path, count = small.run.path, small.run.log.header.environment["threads"] + 1
+    fork = str(tmp_path / "fork")
+    small.run.fork(fork, at=small.run.steps // 2, key=jax.random.key(6))
     source = f"""
 import sys
 sys.path[:0] = {[str(pathlib.Path(__file__).parent.parent), str(pathlib.Path(__file__).parent)]}
 import test_query
-print(*test_query.looked_into({path!r}), sep=chr(10))
+print(*test_query.looked_into({path!r}, {fork!r}), sep=chr(10))
 """
     done = subprocess.run(
         [sys.executable, "-c", source],
@@ -634,7 +638,7 @@ print(*test_query.looked_into({path!r}), sep=chr(10))
         text=True,
         timeout=600,
     )
-    assert done.stdout.splitlines() == looked_into(path), done.stderr
+    assert done.stdout.splitlines() == looked_into(path, fork), done.stderr
 
 
 def several_questions(run):
@@ -1639,30 +1643,53 @@ def test_a_state_to_go_on_from_is_no_evidence(tmp_path, monkeypatch):
     run, rests = tiny.record(tmp_path / "run"), Rests()
     for _ in run._replayer.steps(0, 17, rests=rests, rest=True):
         pass
-    assert rests.nearest(8, 14)[0] == 12 and rests.nearest(8, 11) is None
+    assert rests.nearest(8, 14)[0] == 12 and rests.nearest(5, 8) is None  # 6 made room
     steps = list(run._replayer.steps(14, 18, rests=rests))
     assert [step.closed for step in steps] == [8, 16, 16, 16]  # of state 12 there is no digest
     kept = [np.array(leaf) for leaf in rests.nearest(8, 14)[1]]
     assert tiny.bits(kept) == tiny.bits(run._replayer.state(12))
     kept[0][..., 0] += 1
-    rests._kept = [(12, kept)]
+    rests._kept = [(12, kept, rests._kept[-1][2])]
     with pytest.raises(replay.DivergenceError, match="between state 8 and the losses of step 12"):
         list(run._replayer.steps(12, 18, rests=rests))
+
+
+def with_other_losses(run, step, monkeypatch):
+    """Let the log of a run say that a step had other losses."""
+    column = run.log.column
+
+    def other(name, start, stop):
+        found = column(name, start, stop)
+        return (
+            np.where(np.arange(start, stop) == step, ~found, found) if name == "witness" else found
+        )
+
+    monkeypatch.setattr(run.log, "column", other)
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_what_is_ahead_of_who_takes_no_more_steps_is_not_held_against_him(
+    tmp_path, monkeypatch, overlaps
+):
+    monkeypatch.setattr(Rests, "EVERY", 3)
+    run, rests = tiny.record(tmp_path / "run"), Rests()
+    monkeypatch.setitem(run._replayer.__dict__, "overlaps", overlaps)
+    with_other_losses(run, 13, monkeypatch)
+    steps = run._replayer.steps(0, 20, late=True, rests=rests, rest=True)
+    taken = [next(steps) for _ in range(15)]  # up to state 15; the next digest is that of 16
+    assert taken[12].agrees()
+    with pytest.raises(replay.DivergenceError, match="the losses of step 13"):
+        taken[13].agrees()
+    steps.close()
+    assert rests.nearest(8, 15)[0] == 12 and {state for state, *_ in rests._kept} >= {12, 15}
 
 
 def test_an_answer_that_stops_early_has_compared_the_losses_of_its_steps(small, monkeypatch):
     run, truth, _ = small
     run = replay.open(run.path)
     loud = (run.sample_losses.max("position") >= float(truth.losses[:14].max())).first("step")
-    step, column = int(loud.compute(cache=False)), run.log.column
-
-    def other_losses(name, start, stop):
-        found = column(name, start, stop)
-        return (
-            np.where(np.arange(start, stop) == step, ~found, found) if name == "witness" else found
-        )
-
-    monkeypatch.setattr(run.log, "column", other_losses)
+    step = int(loud.compute(cache=False))
+    with_other_losses(run, step, monkeypatch)
     with pytest.raises(replay.DivergenceError, match=f"the losses of step {step}"):
         loud.compute(cache=False)
 
@@ -1734,6 +1761,7 @@ def test_samples_have_the_same_gradients_where_no_step_keeps_its_state(
         return engine(self, step, keep=keep, observed=observed)
 
     monkeypatch.setattr(Replayer, "engine", noted)
+    monkeypatch.setitem(run._replayer.__dict__, "overlaps", True)
     beside = replay.compute(*questions, cache=False)  # in a thread of its own, where all are kept
     assert any(keeps)
     keeps.clear()

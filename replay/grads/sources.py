@@ -148,7 +148,7 @@ class Problem:
 
         each = _bytes([jax.ShapeDtypeStruct(form.shape, form.wide) for form in forms])
         scan = strategy == "scan"
-        # A ranking or a projection holds six copies of what it looks at.
+        # A ranking or a projection holds six copies of what it looks at, and something besides.
         at_once = self._at_once(8 * each, memory, _SCANNED if scan else None)
         return Group(strategy, wanted, each, at_once, _one_by_one(one) if scan else _over(one))
 

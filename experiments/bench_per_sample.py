@@ -59,7 +59,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bench_record import Estimate, Figure, counted, digits, environment, in_new_process, settle
+from bench_record import (
+    Estimate,
+    Figure,
+    counted,
+    digits,
+    environment,
+    in_new_process,
+    keep,
+    settle,
+)
 from bench_record import median as median_of
 
 import replay
@@ -67,6 +76,7 @@ import replay
 HERE = pathlib.Path(__file__).parent
 RESULT = HERE / "results" / "bench_per_sample.json"
 PEERS = HERE / "peers" / "torch_peers.py"
+QUESTION = "what does a reduction of per-sample gradients cost, in training steps?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -796,7 +806,8 @@ def main() -> None:
                 described["versions"] |= versions(settings)
                 described["load after"] = os.getloadavg()
                 described["minutes"] = (time.perf_counter() - started) / 60
-                keep(name, found, settings, described)
+                plain = dataclasses.asdict(settings) | {"torch_python": None}
+                keep(RESULT, QUESTION, name, found, plain, described)
     minutes = (time.perf_counter() - begun) / 60
     missed = [figure.name for figure in figures if figure.met is False]
     print(f"{minutes:.1f} minutes; targets that are not met: {', '.join(missed) or 'none'}")
@@ -805,21 +816,6 @@ def main() -> None:
         chart = RESULT.with_suffix(".png") if not options.quick else None
         with tempfile.TemporaryDirectory() as folder:
             plot(curves, chart or pathlib.Path(folder, "chart.png"))
-
-
-def keep(name: str, figures: Sequence[Figure], settings: Settings, described: dict) -> None:
-    """Write a section into the result file, beside those of other sections."""
-    result: dict[str, Any] = {"sections": {}}
-    if RESULT.exists():
-        result = json.loads(RESULT.read_text())
-    result["question"] = "what does a reduction of per-sample gradients cost, in training steps?"
-    result["sections"][name] = {
-        "environment": described,
-        "settings": dataclasses.asdict(settings) | {"torch_python": None},
-        "figures": [dataclasses.asdict(figure) | {"met": figure.met} for figure in figures],
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

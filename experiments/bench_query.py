@@ -49,11 +49,12 @@ import optax
 import psutil
 from bench_per_sample import CASES, build, source
 from bench_per_sample import Settings as Models
-from bench_record import Figure, counted, environment, in_new_process, median, settle
+from bench_record import Figure, counted, environment, in_new_process, keep, median, settle
 
 import replay
 
 RESULT = pathlib.Path(__file__).parent / "results" / "bench_query.json"
+QUESTION = "what does it cost to ask a run, in plain trainings of the same steps?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -503,24 +504,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="keeps the other sections")
     options = parser.parse_args()
     settings = Settings().quick() if options.quick else Settings()
-    result: dict[str, Any] = {"sections": {}}
-    if RESULT.exists() and options.only:
-        result = json.loads(RESULT.read_text())
-    result["question"] = "what does it cost to ask a run, in plain trainings of the same steps?"
     for name in options.only or SECTIONS:
         described, begun = environment(), time.perf_counter()
         figures = in_new_process(SECTIONS[name], settings)
         print(f"-- {name}", *figures, sep="\n", flush=True)
         described["load after"] = os.getloadavg()
         described["minutes"] = (time.perf_counter() - begun) / 60
-        result["sections"][name] = {
-            "environment": described,
-            "settings": dataclasses.asdict(settings),
-            "figures": [dataclasses.asdict(figure) | {"met": figure.met} for figure in figures],
-        }
         if not options.quick:
-            RESULT.parent.mkdir(exist_ok=True)
-            RESULT.write_text(json.dumps(result, indent=1) + "\n")
+            keep(RESULT, QUESTION, name, figures, dataclasses.asdict(settings), described)
 
 
 if __name__ == "__main__":

@@ -185,11 +185,15 @@ class Rests:
     def nearest(self, first: int, last: int) -> tuple[int, Sequence[Any]] | None:
         """Return the latest of states `(first, last]`, with its leaves; None if there is none.
 
-        Only those up to which the log agrees: a replay may be broken off before it was compared.
+        Only those up to which the log agrees: a replay may be broken off before it was compared. Of
+        one that has departed from the log, only what a digest has closed.
         """
         kept = sorted(self._kept, key=lambda one: one[0], reverse=True)
-        found = ((s, leaves) for s, leaves, walk in kept if first < s <= last and walk.agrees(s))
-        return next(found, None)
+        for state, leaves, walk in kept:
+            if first < state <= last and walk.agrees(state):
+                if walk.divergence is None or state <= walk.closed:
+                    return state, leaves
+        return None
 
     def take(self, state: int, engine: Engine, held: Any, walk: "_Walk") -> None:
         """Take a state that a walk has come to, if one is due."""
@@ -692,21 +696,26 @@ class _Walk:
             self._compare(len(self._waiting))
 
     def agrees(self, state: int) -> bool:
-        """Compare whatever waits; tell whether all evidence up to a state agrees."""
-        self.finish()
+        """Compare what waits of the steps up to a state, one to a call; tell whether it agrees."""
+        with self._lock:
+            self._compare(min(len(self._waiting), max(0, state - self._compared)))
         return self.divergence is None or self.departed > state
 
     def _compare(self, count: int) -> None:
-        first, self._waiting = self._waiting[:count], self._waiting[count:]
-        if not first or self.divergence is not None:
+        if self.divergence is not None:
+            self._waiting = []  # nobody compares what comes after
+        first = self._waiting[:count]
+        if not first:
             return
         found = witness(np.concatenate([np.atleast_2d(np.asarray(losses)) for losses in first]))
-        start, self._compared = self._compared, self._compared + len(found)
-        differ = np.flatnonzero(found != self._log.column("witness", start, self._compared))
+        stop = self._compared + len(found)
+        differ = np.flatnonzero(found != self._log.column("witness", self._compared, stop))
         if len(differ):
-            step = start + int(differ[0])
+            step = self._compared + int(differ[0])
             self.departed = step + 1
             self.divergence = Divergence(self._agreed, f"the losses of step {step}")
+        # Only now: what could not be compared was not.
+        self._waiting, self._compared = self._waiting[count:], stop
 
     def _check_state(self, state: int, engine: Engine, held: Any) -> None:
         logged = self._log.durable.digests.get(state)

@@ -1681,7 +1681,31 @@ def test_what_is_ahead_of_who_takes_no_more_steps_is_not_held_against_him(
     with pytest.raises(replay.DivergenceError, match="the losses of step 13"):
         taken[13].agrees()
     steps.close()
-    assert rests.nearest(8, 15)[0] == 12 and {state for state, *_ in rests._kept} >= {12, 15}
+    assert {state for state, *_ in rests._kept} >= {12, 15}
+    assert rests.nearest(8, 15) is None  # the last digest that agrees is that of state 8
+
+
+def test_what_could_not_be_compared_does_not_agree(tmp_path, monkeypatch):
+    run, rests = tiny.record(tmp_path / "run"), Rests()
+    monkeypatch.setattr(Rests, "EVERY", 3)
+    column = run.log.column
+
+    def unreadable(name, start, stop):
+        if name == "witness" and stop > 12:
+            raise replay.LogError("unreadable", why="", fix="")
+        return column(name, start, stop)
+
+    monkeypatch.setattr(run.log, "column", unreadable)
+    steps = run._replayer.steps(0, 20, late=True, rests=rests, rest=True)
+    taken = [next(steps) for _ in range(14)]
+    assert taken[11].agrees()  # of whom no later step concerns
+    for _ in range(2):
+        with pytest.raises(replay.LogError, match="unreadable"):
+            taken[13].agrees()
+    steps.close()
+    assert rests.nearest(8, 12)[0] == 12
+    with pytest.raises(replay.LogError, match="unreadable"):
+        rests.nearest(8, 15)
 
 
 def test_an_answer_that_stops_early_has_compared_the_losses_of_its_steps(small, monkeypatch):

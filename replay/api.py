@@ -306,6 +306,7 @@ class Run(Quantities):
         Raises:
             LogError: there are no such steps, or a file is damaged.
         """
+        start, stop = _counted(start, "step"), _counted(stop, "step")
         if not 0 <= start <= stop <= self.steps:
             raise LogError(
                 f"{self.path} has steps 0 to {self.steps - 1}, not {start} to {stop - 1}",
@@ -1199,7 +1200,7 @@ def _counted(number: Any, what: str) -> int:
         raise LogError(
             f"{what} {reprlib.repr(number)} is asked for",
             why="states and steps are counted: state t is that before step t",
-            fix="a whole number; several states by run.states(slice(...))",
+            fix="a whole number, of any type",
         ) from None
 
 

@@ -594,7 +594,7 @@ class Replayer:
 
     @functools.cached_property
     def overlaps(self) -> bool:
-        """Whether steps are replayed in a thread beside that of who looks at them, and is late.
+        """Whether steps are replayed in a thread of their own, for who asks for them `late`.
 
         There is then no need to be done with a state before the next one is computed, but several
         are kept. Where XLA has one thread only, both would take turns; a worker, which may be asked

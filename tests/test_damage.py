@@ -721,6 +721,7 @@ def test_questions_about_what_is_not_there_are_refused(intact, tmp_path):
     for odd in (3.5, "3", None):
         refuse(replay.LogError, f"state {odd!r} is asked for", run.state, odd)
         refuse(replay.LogError, f"step {odd!r} is", lambda s=odd: list(run.trajectory(s)))
+        refuse(replay.LogError, f"step {odd!r} is asked for", run.ids, 0, odd)
     for steps in [(0, 25), (-1, 3)]:
         refuse(replay.LogError, "has states 0 to 24, not", lambda s=steps: list(run.trajectory(*s)))
         refuse(replay.LogError, f"has steps 0 to 23, not {steps[0]} to", run.ids, *steps)

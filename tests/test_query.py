@@ -16,6 +16,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import threading
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -1680,6 +1681,7 @@ def test_what_is_ahead_of_who_takes_no_more_steps_is_not_held_against_him(
     assert taken[12].agrees()
     with pytest.raises(replay.DivergenceError, match="the losses of step 13"):
         taken[13].agrees()
+    assert taken[12].agrees()  # also where it is known what comes after
     steps.close()
     assert {state for state, *_ in rests._kept} >= {12, 15}
     assert rests.nearest(8, 15) is None  # the last digest that agrees is that of state 8
@@ -1778,20 +1780,22 @@ def test_samples_have_the_same_gradients_where_no_step_keeps_its_state(
         run.sample_grads.sel(step=steps).groupby(LABELS[:14]).sum(),
         run.sample_grads.sel(step=steps).norm("weight").max("position"),
     ]
-    keeps, engine = [], Replayer.engine
+    keeps, threads, engine = [], set(), Replayer.engine
 
     def noted(self, step, *, keep, observed=None):
         keeps.append(keep)
+        threads.add(threading.current_thread().name)
         return engine(self, step, keep=keep, observed=observed)
 
     monkeypatch.setattr(Replayer, "engine", noted)
     monkeypatch.setitem(run._replayer.__dict__, "overlaps", True)
     beside = replay.compute(*questions, cache=False)  # in a thread of its own, where all are kept
-    assert any(keeps)
+    assert any(keeps) and threads == {"replay-steps"}
     keeps.clear()
+    threads.clear()
     monkeypatch.setitem(run._replayer.__dict__, "overlaps", False)
     alone = replay.compute(*questions, cache=False)
-    assert keeps and not any(keeps)
+    assert keeps and not any(keeps) and threads == {threading.current_thread().name}
     whole = replay.compute(*questions, run.weights.max(), cache=False)  # which needs all of a state
     assert any(keeps)
     for one, *others in zip(alone, whole, beside, strict=False):

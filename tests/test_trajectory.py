@@ -1,4 +1,5 @@
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -54,8 +55,16 @@ class Large:
     """Stands for the state of a step."""
 
 
+def soon(condition):
+    """Wait until a condition holds, but not for long; tell whether it does."""
+    until = time.monotonic() + 5
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.001)
+    return condition()
+
+
 def test_who_waits_closes_what_makes_the_items_and_holds_none_of_them():
-    closed, made = [], []
+    closed, made, gone = [], [], []
 
     def items():
         try:
@@ -64,17 +73,21 @@ def test_who_waits_closes_what_makes_the_items_and_holds_none_of_them():
                 made.append(weakref.ref(item))
                 yield item
                 item = None
+                if len(made) == 1:
+                    gone.append(soon(lambda: made[0]() is None))  # while the next one is made
         finally:
             closed.append(threading.current_thread().name)
 
     ahead = prefetch(items(), 1, name="replay-test", wait=True)
     item = next(ahead)
     assert item is made[0]()
+    item = None
     item = next(ahead)
-    assert item is made[1]() and made[0]() is None
+    assert gone == [True] and item is made[1]()
+    assert soon(lambda: len(made) == 4)  # two taken, one ready, one that waits for room
     assert not closed
     ahead.close()
-    assert closed == ["replay-test"]
+    assert closed == ["replay-test"] and len(made) == 4
     assert not any(thread.name == "replay-test" for thread in threading.enumerate())
-    del item
-    assert 2 <= len(made) <= 4 and not any(ref() for ref in made)  # one ready, one in the making
+    item = None
+    assert not any(ref() for ref in made)

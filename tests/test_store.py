@@ -1,3 +1,5 @@
+import shutil
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -148,3 +150,21 @@ def test_a_full_disk_is_an_os_error(tmp_path):
     (tmp_path / "states").write_bytes(b"a file where a folder should be")
     with pytest.raises(OSError, match="states/0"):
         array.write(0, np.ones((1, 2), np.float32))
+
+
+def test_two_may_delete_a_folder_at_once(tmp_path, monkeypatch):
+    place, rmtree, calls = Place(tmp_path), shutil.rmtree, []
+
+    def first(path):
+        calls.append(path)
+        if len(calls) == 1:
+            (path / "deep" / "file").unlink()
+            raise FileNotFoundError(str(path / "deep" / "file"))
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", first)
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    (tmp_path / "folder" / "deep" / "file").write_bytes(b"")
+    place.delete("folder")
+    assert len(calls) == 2 and not (tmp_path / "folder").exists()
+    place.delete("folder")  # nothing is there

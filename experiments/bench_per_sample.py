@@ -62,6 +62,7 @@ import optax
 from bench_record import (
     Estimate,
     Figure,
+    ahead,
     counted,
     digits,
     environment,
@@ -542,7 +543,10 @@ def measure_running(settings: Settings, model: str) -> list[Figure]:
 
 
 def measure_epoch(settings: Settings, model: str) -> list[Figure]:
-    """Compare an epoch replayed with the squares of every sample with training it plainly."""
+    """Compare an epoch replayed with the squares of every sample with training it plainly.
+
+    Batches of the training are gathered in a thread, two ahead.
+    """
     case = settings.cases[model]
     init, loss = build(case, settings)
     steps = dict(settings.epoch_steps).get(model, settings.other_epoch_steps)
@@ -570,9 +574,11 @@ def measure_epoch(settings: Settings, model: str) -> list[Figure]:
         table, ratios = order.bind(size)[:], []
         for epoch in range(settings.epochs):
             chosen = slice(epoch * steps, (epoch + 1) * steps)
-            batches = [{name: x[ids] for name, x in data.items()} for ids in table[chosen]]
             settle()
-            train = clock(lambda batches=batches: [step(batch) for batch in batches])
+            gather = [
+                lambda ids=ids: {name: x[ids] for name, x in data.items()} for ids in table[chosen]
+            ]
+            train = clock(lambda gather=gather: [*map(step, ahead(gather))])
             settle()
             again = clock(lambda chosen=chosen: run.reduce(squares, steps=chosen, progress=False))
             ratios.append(again / train)

@@ -56,7 +56,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -368,12 +368,18 @@ def prefetched(case: Case, settings: Settings) -> Generator[tuple]:
         steps = np.arange(start, start + size, dtype=np.uint32)
         return steps, ids, {name: array[ids] for name, array in data.items()}
 
+    yield from ahead(functools.partial(gather, start) for start in itertools.count(step=size))
+
+
+def ahead(tasks: Iterable[Callable[[], Any]]) -> Generator:
+    """Yield what tasks return, which a thread does two ahead."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         ready: collections.deque = collections.deque()
-        for start in itertools.count(step=size):
-            ready.append(thread.submit(gather, start))
+        for task in tasks:
+            ready.append(thread.submit(task))
             if len(ready) > 2:
                 yield ready.popleft().result()
+        yield from (task.result() for task in ready)
 
 
 def one_by_one(chunks: Iterator[tuple]) -> Iterator[tuple]:

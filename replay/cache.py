@@ -36,7 +36,7 @@ from replay.store import KeyValues, Place
 
 BUDGET = 2**30
 _TAG, _CHECKSUM = 32, 4
-_VERSION = 4
+_VERSION = 5
 
 
 class Entry(NamedTuple):

@@ -39,6 +39,7 @@ from replay.trajectory import (
 from replay.worker import RemoteEngine, settable
 
 LATE = 16  # steps whose losses are compared together, so many that nobody waits for each
+READY = 3  # steps that lie ready for who looks at them, where a thread replays ahead
 AHEAD_BYTES = 2**27  # of states that are queued meanwhile: where one is large, nobody runs ahead
 
 
@@ -363,7 +364,7 @@ class Replayer:
             beforehand=beforehand, rests=rests, rest=rest,
         )  # fmt: skip
         if late and self.overlaps:
-            walk = prefetch(walk, 1, name="replay-steps", wait=True)
+            walk = prefetch(walk, max(self._ready, 1), name="replay-steps", wait=True)
         with contextlib.closing(walk):
             for found in walk:
                 if isinstance(found, Divergence):
@@ -600,18 +601,26 @@ class Replayer:
         are kept. Where XLA has one thread only, both would take turns; a worker, which may be asked
         for several walks by one thread alone, runs ahead by itself.
         """
-        log, size = self._log, sum(leaf.nbytes for leaf in self._log.header.signature.state)
+        log = self._log
         while log is not None:
             if settable(self._of(log), log.header.environment.get("platform", "cpu")):
                 return False
             log = log.parent if log.first else None
-        return 4 * size <= AHEAD_BYTES and threads() > 1
+        return self._ready > 0 and threads() > 1
+
+    @property
+    def _ready(self) -> int:
+        """How many steps may lie ready, besides three states: of who looks, and of who replays."""
+        return min(READY, AHEAD_BYTES // self._state_bytes - 3)
 
     @functools.cached_property
     def ahead(self) -> int:
         """How many steps may be under way before anybody waits for them."""
-        size = sum(leaf.nbytes for leaf in self._log.header.signature.state)
-        return max(1, min(LATE, AHEAD_BYTES // max(size, 1)))
+        return max(1, min(LATE, AHEAD_BYTES // self._state_bytes))
+
+    @functools.cached_property
+    def _state_bytes(self) -> int:
+        return max(1, sum(leaf.nbytes for leaf in self._log.header.signature.state))
 
     def _agrees(self, walk: "_Walk", exact: bool, state: int) -> bool:
         if walk.agrees(state):

@@ -6,6 +6,7 @@ for the tensors that have them, `sample_gradient` for the others.
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -227,7 +228,10 @@ class SampleGradients:
                 return table.payloads(run(*inputs))
 
             size = self._signature.batch_size
-            groups.append((Group("factored", table.tensors, 0, size, factors), factors))
+            each = sum(math.prod(x.shape) * x.dtype.itemsize for x in results) // size
+            # Those of a batch are had at once, however large, and may wait for those of others.
+            fits = size * BLOCK_STEPS
+            groups.append((Group("factored", table.tensors, each, fits, factors), factors))
             rest = list(table.missing)
         if rest:
             groups.append(self._scan(rest))

@@ -14,6 +14,7 @@ from tiny import compile_once  # noqa: F401  # the fixture is there for who impo
 
 import replay
 from replay import reductions, replaying
+from replay.grads import stream as streams
 from replay.grads.reductions import BLOCK_STEPS, Blocks
 from replay.journal import frame, only_frame
 from replay.log import HEADER
@@ -258,6 +259,89 @@ def test_steps_go_forwards_and_questions_are_reductions():
         Sum("cube")
     with pytest.raises(replay.ProgramError, match="the 0 largest"):
         TopK(0)
+
+
+def dense(params, x, key):
+    return jnp.sin(jnp.tanh(x @ params["a"]) @ params["b"] + params["c"]).sum()
+
+
+def dense_sums(steps, *, sizes=None, between=lambda stream: None, **options):
+    """Stream the squares of batches of five samples, or of `sizes`, at steps of these numbers."""
+    stream = replay.per_sample(dense, **options).stream(Sum("square"))
+    for step in steps:
+        size = (sizes or {}).get(step, 5)
+        stream.update(PARAMS, normal(size, 7, seed=step), step=step)
+        between(stream)
+    return stream.results()[0]
+
+
+def same(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture
+def summed_together(monkeypatch):
+    """Return how many steps each product summed that summed several."""
+    counts, steps = [], streams._shared_steps
+
+    def counted(reduction, form):
+        run = steps(reduction, form)
+
+        def call(state, payloads):
+            counts.append(len(payloads))
+            return run(state, payloads)
+
+        return call
+
+    monkeypatch.setattr(streams, "_shared_steps", counted)
+    return counts
+
+
+def test_eight_steps_are_summed_as_one_wherever_a_range_begins(summed_together):
+    whole = dense_sums(range(61, 64 + 19))
+    assert summed_together == [8] * 3 * 2, "of three tensors, steps 64 to 79"
+    grads = truth(dense, batch=jnp.concatenate([normal(5, 7, seed=s) for s in range(61, 83)]))
+    close(whole, jax.tree.map(lambda g: np.square(g).sum(0), grads))
+    parts = dense_sums(range(61, 64)), dense_sums(range(64, 64 + 19))
+    same(whole, jax.tree.map(np.add, *parts))
+    summed_together.clear()
+    dense_sums(range(66, 64 + 19))
+    assert summed_together == [8] * 3, "steps 72 to 79"
+
+
+def test_steps_that_wait_are_counted_where_somebody_asks_in_the_middle(summed_together):
+    found = []
+    whole = dense_sums(range(11), between=lambda stream: found.append(stream.results()[0]))
+    assert summed_together == [8] * 3
+    same(whole, dense_sums(range(11)))
+    for count in (3, 8, 10):
+        same(found[count - 1], dense_sums(range(count)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "options"),
+    [
+        ([0, 1, 2, 4, 5, 6, 7, 8], {}),
+        (range(8), {"sizes": {5: 3}}),
+        (range(8), {"memory": 900}),
+        (range(8), {"memory": 300}),
+        (range(8), {"strategy": "scan"}),
+    ],
+    ids=["one missing", "one shorter", "no room for two", "no room for one", "by scan"],
+)
+def test_steps_are_summed_one_by_one_where_they_are_not_alike_or_take_too_much(
+    monkeypatch, summed_together, steps, options
+):
+    found = dense_sums(steps, **options)
+    assert not summed_together
+    monkeypatch.setattr(streams, "TOGETHER", 1)
+    same(found, dense_sums(steps, **options))
+
+
+def test_as_many_steps_are_summed_as_one_as_fit_in_memory(summed_together):
+    dense_sums(range(8), memory=2_300)
+    assert summed_together == [4] * 3 * 2
 
 
 @hypothesis.given(st.integers(0, 200), st.integers(1, 200), st.data())

@@ -2,10 +2,11 @@
 
 A running state belongs to one tensor; `step` takes the next samples, `merge` joins the state of
 earlier samples with that of later ones. Sums of floating-point numbers depend on their order, so
-the order is fixed (`Blocks`): a left fold within aligned blocks of steps, then one binary tree over
-the blocks. An answer put together from the states of blocks has the bits of a fresh one. What is
-`exact` (maxima, rankings, counts) is the same in any order, and runs on from block to block: after
-many samples a ranking rarely changes, and is the cheaper for it.
+the order is fixed (`Blocks`): a left fold within aligned blocks of steps, of which a few go as one
+where the gradient of a sample is one product, then one binary tree over the blocks. An answer put
+together from the states of blocks has the bits of a fresh one. What is `exact` (maxima, rankings,
+counts) is the same in any order, and runs on from block to block: after many samples a ranking
+rarely changes, and is the cheaper for it.
 """
 
 import dataclasses

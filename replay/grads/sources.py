@@ -122,9 +122,7 @@ class Problem:
             return payloads
 
         each = _bytes(jax.eval_shape(one, self.leaves, self.rows, self.shared))
-        return Group(
-            "factored", wanted, each, self._at_once(each, memory), _over(one), taps.meetings
-        )
+        return Group("factored", wanted, each, _at_once(each, memory), _over(one), taps.meetings)
 
     def materialised(self, memory: int, strategy: str, chosen: Sequence[int]) -> Group:
         """Return tensors whose gradients are computed one sample at a time, or under `vmap`."""
@@ -149,7 +147,8 @@ class Problem:
         each = _bytes([jax.ShapeDtypeStruct(form.shape, form.wide) for form in forms])
         scan = strategy == "scan"
         # A ranking or a projection holds six copies of what it looks at, and something besides.
-        at_once = self._at_once(8 * each, memory, _SCANNED if scan else None)
+        at_once = _at_once(8 * each, memory)
+        at_once = min(at_once, _SCANNED) if scan else at_once
         return Group(strategy, wanted, each, at_once, _one_by_one(one) if scan else _over(one))
 
     def groups(self, strategies: Sequence[str], memory: int) -> list[Group]:
@@ -176,9 +175,6 @@ class Problem:
                 )
         return groups
 
-    def _at_once(self, each: int, memory: int, most: int | None = None) -> int:
-        return max(1, min(most or self.size, self.size, memory // max(each, 1)))
-
 
 def _over(one: Callable) -> Callable:
     def produce(leaves, rows, shared):
@@ -194,6 +190,10 @@ def _one_by_one(one: Callable) -> Callable:
         return lax.map(lambda sample: one(leaves, sample, shared), rows)
 
     return produce
+
+
+def _at_once(each: int, memory: int) -> int:
+    return max(1, memory // max(each, 1))
 
 
 def _bytes(tree: Any) -> int:

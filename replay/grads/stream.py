@@ -9,17 +9,21 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from replay.errors import ProgramError
 from replay.grads.factors import Outer
 from replay.grads.gradients import Form
-from replay.grads.reductions import BLOCK_STEPS, Blocks, Column, Dot, Norm, Reduction, TopK
+from replay.grads.reductions import BLOCK_STEPS, Blocks, Column, Dot, Norm, Reduction, Sum, TopK
 from replay.grads.sources import Group, gradients_of
 from replay.kernels import top_k
 
 # Whether rankings are had by a compiled kernel where that is faster.
 COMPILED = top_k.compiled is not None
+# Steps whose samples are summed by one matrix product, and bytes that these may take for that.
+TOGETHER = 8
+HELD = 2**25
 
 
 class Stream:
@@ -74,7 +78,7 @@ class Stream:
                     else:
                         if (i, number) not in self._cells:
                             self._cells[i, number] = _Cell(reduction, group, number)
-                        self._cells[i, number].take(payload, leaves, occurrences)
+                        self._cells[i, number].take(step, payload, leaves, occurrences)
         for i, columns in looked.items():
             self._columns[i].append([columns[number] for number in range(self._tensors)])
 
@@ -82,8 +86,7 @@ class Stream:
         """Return `(layout, state)` of each reduction and tensor, and begin again from blanks."""
         found = {}
         for place, cell in self._cells.items():
-            found[place] = (cell.layout, cell.state)
-            cell.state = None
+            found[place] = (cell.layout, cell.end())
         return found
 
     def _result(self, i: int, number: int) -> Any:
@@ -112,45 +115,98 @@ class Stream:
 
 
 class _Cell:
-    """The running state of one reduction of one tensor."""
+    """The running state of one reduction of one tensor.
+
+    Sums of what is one product for each sample wait until there are several steps: one matrix
+    product then sums all their samples, and the state is touched once. Which steps go together is
+    a matter of their numbers and sizes alone, so that it does not depend on where a range begins.
+    """
 
     def __init__(self, reduction: Any, group: Group, number: int):
         self._reduction, self._form = reduction, group.tensors[number].form
         self._group, self._number = group, number
         self._step = _step(reduction, group, number)
         self._blocks = Blocks(merge(reduction))
+        self._waiting: list[tuple[int, Any]] = []
+        self._waits = isinstance(reduction, Sum)
         self.layout: tuple[int, ...] | None = None
         self._on_host = False
         self.exact = reduction.exact
-        self.state: Any = None
+        self._state: Any = None
 
-    def take(self, payload: Any, leaves: Sequence[Any], occurrences: Any) -> None:
+    def take(self, step: int, payload: Any, leaves: Sequence[Any], occurrences: Any) -> None:
         if self.layout is None:
-            self.layout, self._on_host = _layout(
-                self._reduction, self._group, self._number, payload, leaves
-            )
-        if self.state is None:
-            self.state = _init(self._reduction, self.layout, str(self._form.wide))()
+            self.layout, short = _layout(self._group, self._number, payload, leaves)
+            self._on_host = short and _by_kernel(self._reduction)
+            self._waits = short and self._waits
+        if self._state is None:
+            self._state = _init(self._reduction, self.layout, str(self._form.wide))()
             if self._on_host:
-                self.state = tuple(np.array(x) for x in self.state)
+                self._state = tuple(np.array(x) for x in self._state)
         if self._on_host:
             factors = _factors_on_host(self._form, payload)
-            self.state = self._reduction.step_on_host(self.state, factors, occurrences)
+            self._state = self._reduction.step_on_host(self._state, factors, occurrences)
+        elif self._waits:
+            self._wait(step, payload)
         else:
-            self.state = self._step(self.state, payload, leaves, occurrences)
+            self._state = self._step(self._state, payload, leaves, occurrences)
+
+    def _wait(self, step: int, payload: Any) -> None:
+        if self._waiting:
+            last, other = self._waiting[-1]
+            size = _together(self._group, other)
+            if step // size != last // size or _shapes(payload) != _shapes(other):
+                self._flush()
+        self._waiting.append((step, payload))
+        if len(self._waiting) == _together(self._group, payload):
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._state = self._with_waiting(self._state)
+            self._waiting = []
+
+    def _with_waiting(self, state: Any) -> Any:
+        """Return a state with the steps that wait: as one if none is missing, else one by one."""
+        payloads = [payload for _, payload in self._waiting]
+        if len(payloads) > 1 and len(payloads) == _together(self._group, payloads[0]):
+            return _shared_steps(self._reduction, self._form)(state, payloads)
+        for payload in payloads:
+            state = self._step(state, payload, (), None)
+        return state
+
+    def end(self) -> Any:
+        """Return the state, and begin again from a blank one."""
+        self._flush()
+        state, self._state = self._state, None
+        return state
 
     def close(self, block: int | None) -> None:
-        if self.state is not None and block is not None:
-            self._blocks.close(block, self.state)
-        self.state = None
+        state = self.end()
+        if state is not None and block is not None:
+            self._blocks.close(block, state)
 
     def result(self, block: int | None) -> Any:
         blocks = self._blocks.copy()
-        if self.state is not None and block is not None:
-            blocks.close(block, self.state)
+        if self._state is not None and block is not None:
+            # A step takes the memory of its state, and this one goes on.
+            copied = jax.tree.map(jnp.copy, self._state) if self._waiting else self._state
+            blocks.close(block, self._with_waiting(copied))
         answer = final(self._reduction, self._form, self.layout)(blocks.result())
         # JAX may read numpy's memory after the call returns, and the kernel writes into it again.
         return jax.block_until_ready(answer) if self._on_host else answer
+
+
+def _together(group: Group, payload: Any) -> int:
+    """Return how many steps of such a size are summed as one: a power of two."""
+    samples = jax.tree.leaves(payload)[0].shape[0]
+    bytes_of = max(samples * group.sample_bytes, 1)
+    fits = min(TOGETHER, HELD // bytes_of, group.at_once // samples)
+    return 1 << max(fits, 1).bit_length() - 1
+
+
+def _shapes(payload: Any) -> list[tuple[int, ...]]:
+    return [x.shape for x in jax.tree.leaves(payload)]
 
 
 def _step(reduction: Any, group: Group, number: int) -> Callable[..., Any]:
@@ -176,6 +232,15 @@ def _shared_step(reduction: Any, form: Form) -> Callable[..., Any]:
         return reduction.step(state, gradients_of(form, payload), occurrences)
 
     return jax.jit(step, donate_argnums=0)
+
+
+@functools.cache
+def _shared_steps(reduction: Sum, form: Form) -> Callable[..., Any]:
+    def steps(state, payloads):
+        payload = jax.tree.map(lambda *parts: jnp.concatenate(parts), *payloads)
+        return reduction.step(state, gradients_of(form, payload), None)
+
+    return jax.jit(steps, donate_argnums=0)
 
 
 @functools.cache
@@ -226,21 +291,23 @@ def _factors_on_host(form: Form, payload: Any) -> Outer:
 
 
 def _layout(
-    reduction: Any, group: Group, number: int, payload: Any, leaves: Sequence[Any]
+    group: Group, number: int, payload: Any, leaves: Sequence[Any]
 ) -> tuple[tuple[int, ...], bool]:
-    """Return the layout of a tensor's running state, and whether a compiled kernel takes it.
+    """Return the layout of a tensor's running state, and whether a gradient is one product.
 
-    It does where a gradient is one product, or exists already: of sums over time XLA's matrix
-    products are faster.
+    Those that exist already are, too: they are products with ones.
     """
     form = group.tensors[number].form
     if form.way == "factors":
-        layout, short = _probed(lambda *given: group.gradients(number, *given), payload, leaves)
-    else:
-        parts, tree = jax.tree.flatten(payload)
-        layout, short = _shared_layout(form, tree, tuple((x.shape, str(x.dtype)) for x in parts))
+        return _probed(lambda *given: group.gradients(number, *given), payload, leaves)
+    parts, tree = jax.tree.flatten(payload)
+    return _shared_layout(form, tree, tuple((x.shape, str(x.dtype)) for x in parts))
+
+
+def _by_kernel(reduction: Any) -> bool:
+    """Whether a compiled kernel is there: of sums over time XLA's matrix products are faster."""
     plain = isinstance(reduction, TopK) and reduction.plain and COMPILED
-    return layout, plain and short and jax.default_backend() == "cpu"
+    return plain and jax.default_backend() == "cpu"
 
 
 # Probing takes as long as a step of a small model.

@@ -17,9 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import export
+from jax.experimental.layout import Format, Layout
 from jax.extend import mlir
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
+from jax.sharding import SingleDeviceSharding
 
 from replay.errors import IdentityError, LogError, ProgramError
 from replay.identity import setting, sha256
@@ -529,6 +531,9 @@ def compile(
 ) -> Callable[..., Any]:
     """Compile a program for its concrete shapes, donating the state if asked to.
 
+    Gradients lie in memory as the compiler likes: who trains does not look at them, and to write
+    those of attention as rows took four hundredths of a step.
+
     The last few are kept: runs that carry one program, such as forks of a run, and a run that is
     opened again, share what is compiled of it.
     """
@@ -536,7 +541,11 @@ def compile(
     with _COMPILING:
         if key not in _COMPILED:
             donated = tuple(range(len(signature.state))) if donate else ()
-            program = jax.jit(exported.call, donate_argnums=donated)
+            results, grads = len(signature.results(name)), len(signature.grads)
+            # Without a device, `jit` takes such arrays for rows and computes with other numbers.
+            free = Format(Layout.AUTO, SingleDeviceSharding(jax.devices()[0]))
+            formats = [*[None] * (results - grads), *[free] * grads]
+            program = jax.jit(exported.call, donate_argnums=donated, out_shardings=formats)
             _COMPILED[key] = program.lower(*signature.arguments(name)).compile()
             while len(_COMPILED) > _MOST_COMPILED:
                 _COMPILED.popitem(last=False)

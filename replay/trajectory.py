@@ -190,11 +190,27 @@ class LocalEngine:
             )
             after, losses, aux = results[:count], results[count], results[count + 1 : to_grads]
             # Whom nobody observes, nobody holds: the gradients of a step are gone before the next.
-            grads = results[to_grads:] if self.observed else None
+            grads = self._in_rows(results[to_grads:]) if self.observed else None
             before = state if self._keep else None
             state, results = after, None
             yield Executed(start + i, 1, losses, aux, grads, before, after)
             grads = before = after = None
+
+    @functools.cached_property
+    def _turned(self) -> list[int]:
+        """Which gradients do not lie in memory row by row."""
+        (program,) = self._programs.values()
+        found = list(program.output_formats)[-len(self._signature.grads) :]
+        orders = [tuple(format.layout.major_to_minor) for format in found]
+        return [i for i, order in enumerate(orders) if order != tuple(range(len(order)))]
+
+    def _in_rows(self, grads: Sequence[jax.Array]) -> list[jax.Array]:
+        """Return gradients as observers know arrays, however the program has laid them out."""
+        grads = list(grads)
+        copied = _copied([grads[i] for i in self._turned]) if self._turned else ()
+        for i, leaf in zip(self._turned, copied, strict=True):
+            grads[i] = leaf
+        return grads
 
     def _by_block(self, state: list[jax.Array], stretch: Stretch) -> Iterator[Executed]:
         """Run a whole stretch in one call, or, for observers, the same program step by step."""
@@ -210,7 +226,7 @@ class LocalEngine:
             results = block(*state, self._key, start, *rows, *staged)
             after, rest = results[:count], results[count:]
             losses, *aux = rest[:reported]
-            grads = rest[reported:] if self.observed else None
+            grads = self._in_rows(rest[reported:]) if self.observed else None
             if self._keep:
                 losses, *aux = (np.asarray(x)[first] for x in (losses, *aux))
             elif first or self.observed or size < self._signature.block:
@@ -218,6 +234,9 @@ class LocalEngine:
             before = state if self._keep else None
             yield Executed(stretch.start + first, size, losses, aux, grads, before, after)
             state = after
+
+
+_copied = jax.jit(copies)
 
 
 @functools.lru_cache(maxsize=16)

@@ -496,6 +496,30 @@ def test_weights_that_are_joined_before_they_meet_the_data_keep_factors_of_their
     close(found.answers[0], jax.tree.map(lambda *parts: sum(parts), *squares))
 
 
+@pytest.mark.parametrize("dispatch", ["step", "block"])
+def test_gradients_that_a_program_lays_out_in_another_order_are_seen_as_all_others(
+    tmp_path, dispatch
+):
+    weights = {"in": normal(3, 2, 4), "out": normal(2, 4, 3, seed=1)}
+
+    def attention(params, example, key):
+        heads = jnp.tanh(jnp.einsum("x,xhd->hd", example["x"], params["in"]))
+        return jnp.einsum("hd,hdx->x", heads, params["out"]).sum() - example["y"]
+
+    run = tiny.record(tmp_path / "run", tiny.program(attention, weights), dispatch=dispatch)
+    engine = run._replayer.engine(0, keep=True)
+    assert engine._turned == [0, 1], "else there is nothing to be seen"
+    twice = jax.jit(lambda x: x * 2)
+    for step in run.trajectory(5, 8):
+        expected = jax.grad(
+            lambda p, s=step: jax.vmap(attention, (None, 0, None))(p, s.batch, None).mean()
+        )
+        close(step.grads, expected(step.state.params))
+        for leaf in step.grads.values():
+            assert leaf.format.layout.major_to_minor == (0, 1, 2)
+            assert np.array_equal(twice(leaf), np.asarray(leaf) * 2)
+
+
 @pytest.mark.parametrize(("step", "ahead"), [(5, 2**27), (tiny.STEPS - 1, 2**27), (5, 0)])
 def test_losses_that_depart_from_the_log_are_noticed_before_there_is_an_answer(
     tmp_path, monkeypatch, step, ahead

@@ -141,7 +141,7 @@ class Settings:
     stall_steps: int = 20
     stall_cases: tuple[Case, ...] = (
         Case("mlp", (512, 128), 128, 28, 20, 20, rounds=60, loops=("jit", "step", "orbax")),
-        Case("mlp", (4096, 2048), 64, 28, 20, 20, rounds=24, loops=("jit", "step", "orbax")),
+        Case("mlp", (4096, 2048), 64, 28, 20, 20, rounds=60, loops=("jit", "step", "orbax")),
     )
     stall_limit_ms: float = 2.0
 

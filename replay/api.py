@@ -191,6 +191,7 @@ class Run(Quantities):
         self._replayer = Replayer(log, data, allow=allow, like=like)
         self._indexes = Indexes(log)
         self._gradients: dict[int, SampleGradients] = {}
+        self._audited: Grade | None = None
         self._others: list[tuple[Any, str, OtherSamples]] = []
         subject = Subject(
             self.path,
@@ -297,7 +298,12 @@ class Run(Quantities):
 
     @property
     def grade(self) -> Grade:
-        """What is known without replaying: `UNAUDITED`, or `NUMERIC` if the self-test failed."""
+        """What is known without replaying: of the last `verify` of the whole run by this object.
+
+        Before there is one, `UNAUDITED`, or `NUMERIC` if the self-test failed.
+        """
+        if self._audited is not None:
+            return self._audited
         return Grade.NUMERIC if self.log.durable.selftest else Grade.UNAUDITED
 
     def ids(self, start: int, stop: int) -> np.ndarray:
@@ -766,7 +772,7 @@ class Run(Quantities):
         begun = time.perf_counter()
         with progress_bar("replaying", total, progress) as report:
             segments = self._replayer.audit(start, stop, report)
-        return Audit(
+        audit = Audit(
             run=self.path,
             segments=tuple(segments),
             steps=sum(segment.stop - segment.start for segment in segments),
@@ -775,6 +781,9 @@ class Run(Quantities):
             complete=total == self.steps,
             damage=tuple(self.log.damage()) if total == self.steps else (),
         )
+        if audit.complete:
+            self._audited = audit.grade
+        return audit
 
     def fork(
         self,

@@ -330,6 +330,16 @@ def test_the_self_test_of_a_sound_program_finds_nothing(tmp_path):
     assert run.grade is replay.Grade.UNAUDITED
 
 
+def test_a_run_remembers_its_audit_and_no_other_does(tmp_path):
+    run = record(tmp_path / "run")
+    run.verify(2)
+    assert run.grade is replay.Grade.UNAUDITED, "of a part"
+    run.verify()
+    assert run.grade is replay.Grade.BITWISE
+    assert "BITWISE" in repr(run)
+    assert replay.open(run.path).grade is replay.Grade.UNAUDITED
+
+
 @pytest.mark.parametrize("width", [pytest.param("32 bits", marks=pytest.mark.full), "64 bits"])
 def test_settings_that_hold_in_one_thread_hold_for_all_that_is_done_beside_it(tmp_path, width):
     """The data is read, and the self-test traces and executes, in threads of their own."""

@@ -532,6 +532,8 @@ def dots_of(moves: Moves, factor: Factor, direction: Any) -> Any:
         left, right = factor.left.astype(dtype), factor.right.astype(dtype)
         blank = jax.ShapeDtypeStruct((left.shape[1], left.shape[3], right.shape[3]), dtype)
         (back,) = jax.linear_transpose(lambda x: move(x, moves), blank)(direction)
+        if left.shape[2] > 1 and left.shape[3] <= right.shape[3]:  # in less memory
+            return (jnp.einsum("nbtj,bij->nbti", right, back) * left).sum(axis=(1, 2, 3))
         return jnp.einsum("nbti,bij,nbtj->n", left, back, right)
     if isinstance(factor, Rows):
         index, right = factor

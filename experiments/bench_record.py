@@ -14,7 +14,7 @@ Expected: the result says which of these targets are met. Step dispatch takes at
           memory grows by a copy of the state and 64 MB; the log by 16 bytes a step and by the
           entropy of the sample ids and 15%. Going back takes 1.2 times the training, opening a
           run 200 ms.
-Run time: 12 to 25 minutes on two cores, --quick 3 minutes; nothing else should run meanwhile.
+Run time: 15 to 30 minutes on two cores, --quick 3 minutes; nothing else should run meanwhile.
 
 The loops that are compared:
   jit    one jitted and donated step; a thread gathers numpy batches, two chunks of 64 steps ahead;
@@ -379,7 +379,7 @@ def ahead(tasks: Iterable[Callable[[], Any]]) -> Generator:
             ready.append(thread.submit(task))
             if len(ready) > 2:
                 yield ready.popleft().result()
-        yield from (task.result() for task in ready)
+        yield from (future.result() for future in ready)
 
 
 def one_by_one(chunks: Iterator[tuple]) -> Iterator[tuple]:

@@ -770,6 +770,8 @@ class Run(Quantities):
         edges = sorted({*self.log.durable.checkpoints, self.steps})
         total = sum(b - a for a, b in zip(edges, edges[1:], strict=False) if b > start and a < stop)
         begun = time.perf_counter()
+        if total == self.steps:
+            self._audited = None  # of what is read now, nothing is known yet
         with progress_bar("replaying", total, progress) as report:
             segments = self._replayer.audit(start, stop, report)
         audit = Audit(
@@ -781,7 +783,7 @@ class Run(Quantities):
             complete=total == self.steps,
             damage=tuple(self.log.damage()) if total == self.steps else (),
         )
-        if audit.complete:
+        if audit.complete and audit.grade in (Grade.BITWISE, Grade.NUMERIC):
             self._audited = audit.grade
         return audit
 

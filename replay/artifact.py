@@ -542,9 +542,11 @@ def compile(
         if key not in _COMPILED:
             donated = tuple(range(len(signature.state))) if donate else ()
             results, grads = len(signature.results(name)), len(signature.grads)
-            # Without a device, `jit` takes such arrays for rows and computes with other numbers.
+            # On a device that is named: of arrays that are not committed to one, `jit` (jax 0.10.2)
+            # ignores in what order they lie in memory, and computes with other numbers.
             free = Format(Layout.AUTO, SingleDeviceSharding(jax.devices()[0]))
             formats = [*[None] * (results - grads), *[free] * grads]
+            formats = jax.tree.unflatten(exported.out_tree, formats)
             program = jax.jit(exported.call, donate_argnums=donated, out_shardings=formats)
             _COMPILED[key] = program.lower(*signature.arguments(name)).compile()
             while len(_COMPILED) > _MOST_COMPILED:

@@ -281,6 +281,7 @@ class Sampled(Root):
         tensor = asked.observers.tensor
         self._numbers = [tensor[part.path] for part in rule.scan.tensors]
         self._streams: dict[int, Stream] = {}
+        self._key = 0
         self._samples: dict[int, int] = {}
         self.exact = rule.reduction.exact
         if self.exact:  # merged in any order, and a ranking that is young changes often
@@ -305,6 +306,10 @@ class Sampled(Root):
     def _take(self, local: Local) -> None:
         frame = local.frames[self._rule.scan.run]
         key = _key(self.node, self._asked, local.step)
+        if key != self._key:  # an epoch or window is over
+            if self._key in self._streams:
+                self._streams[self._key].flush()
+            self._key = key
         if key not in self._streams:
             self._streams[key] = Stream(
                 (self._rule.reduction,), len(self._asked.observers.tensor), self._numbers

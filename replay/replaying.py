@@ -364,7 +364,7 @@ class Replayer:
             beforehand=beforehand, rests=rests, rest=rest,
         )  # fmt: skip
         if late and self.overlaps:
-            walk = prefetch(walk, max(self._ready, 1), name="replay-steps", wait=True)
+            walk = prefetch(walk, self._ready, name="replay-steps", wait=True)
         with contextlib.closing(walk):
             for found in walk:
                 if isinstance(found, Divergence):
@@ -610,8 +610,9 @@ class Replayer:
 
     @property
     def _ready(self) -> int:
-        """How many steps may lie ready, besides three states: of who looks, and of who replays."""
-        return min(READY, AHEAD_BYTES // self._state_bytes - 3)
+        """How many steps may lie ready, besides three: of who looks, and of who replays."""
+        grads = sum(leaf.nbytes for leaf in self._log.header.signature.grads)
+        return min(READY, AHEAD_BYTES // (self._state_bytes + grads) - 3)
 
     @functools.cached_property
     def ahead(self) -> int:

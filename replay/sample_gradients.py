@@ -25,7 +25,7 @@ from replay.grads.gradients import Form, Tensor, settle
 from replay.grads.reductions import BLOCK_STEPS, Reduction
 from replay.grads.sources import Group, chunks, gradients_of
 from replay.grads.strategy import identity, measure, recall, remember
-from replay.grads.stream import Stream, check
+from replay.grads.stream import TOGETHER, Stream, check
 from replay.log import Log
 from replay.replaying import Replayed, Replayer
 
@@ -165,7 +165,7 @@ class SampleGradients:
             return "scan"
         programs = self._log.header.programs
         texts = [programs[name].get("text") for name in ("factors", "sample_gradient")]
-        key = identity("run", repr(reductions), texts, self._memory)
+        key = identity("run", repr(reductions), texts, self._memory, TOGETHER)
         seconds = recall(key)
         if not seconds:
             replayed = first()
@@ -173,7 +173,8 @@ class SampleGradients:
             def ask(way):
                 def once():
                     stream = Stream(reductions, len(self.names))
-                    stream.update(0, self.parts(replayed, way), self.leaves(replayed))
+                    for step in range(TOGETHER):  # some of which are summed as one
+                        stream.update(step, self.parts(replayed, way), self.leaves(replayed))
                     return stream.results()
 
                 jax.block_until_ready(once())
@@ -229,8 +230,7 @@ class SampleGradients:
 
             size = self._signature.batch_size
             each = sum(math.prod(x.shape) * x.dtype.itemsize for x in results) // size
-            # Those of a batch are had at once, however large, and may wait for those of others.
-            fits = size * BLOCK_STEPS
+            fits = max(size, self._memory // max(each, 1))  # of a batch they are had at once
             groups.append((Group("factored", table.tensors, each, fits, factors), factors))
             rest = list(table.missing)
         if rest:

@@ -200,7 +200,8 @@ class LocalEngine:
     def _turned(self) -> list[int]:
         """Which gradients do not lie in memory row by row."""
         (program,) = self._programs.values()
-        found = list(program.output_formats)[-len(self._signature.grads) :]
+        found = list(program.output_formats)
+        found = found[len(found) - len(self._signature.grads) :]
         orders = [tuple(format.layout.major_to_minor) for format in found]
         return [i for i, order in enumerate(orders) if order != tuple(range(len(order)))]
 
@@ -232,8 +233,9 @@ class LocalEngine:
             elif first or self.observed or size < self._signature.block:
                 losses, *aux = (_Rows(x, first, first + size) for x in (losses, *aux))
             before = state if self._keep else None
+            state, results, rest = after, None, None
             yield Executed(stretch.start + first, size, losses, aux, grads, before, after)
-            state = after
+            grads = before = after = None
 
 
 _copied = jax.jit(copies)

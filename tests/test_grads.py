@@ -261,6 +261,7 @@ def convolve(x, kernel):
 OPERATIONS = {
     "dense": (lambda w, x: x @ w, (127, 113), normal(37, 127), 37 * 127 * 113),
     "sequence": (lambda w, x: x @ w, (127, 113), normal(37, 5, 127), 37 * 127 * 113),
+    "wide sequence": (lambda w, x: x @ w, (113, 127), normal(37, 5, 113), 37 * 127 * 113),
     "convolution": (
         lambda w, x: convolve(x, w),
         (3, 31, 113),

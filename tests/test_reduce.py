@@ -331,12 +331,70 @@ def test_steps_that_wait_are_counted_where_somebody_asks_in_the_middle(summed_to
     ids=["one missing", "one shorter", "no room for two", "no room for one", "by scan"],
 )
 def test_steps_are_summed_one_by_one_where_they_are_not_alike_or_take_too_much(
-    monkeypatch, summed_together, steps, options
+    summed_together, steps, options
 ):
     found = dense_sums(steps, **options)
     assert not summed_together
-    monkeypatch.setattr(streams, "TOGETHER", 1)
-    same(found, dense_sums(steps, **options))
+    sizes = options.get("sizes", {})
+    batch = jnp.concatenate([normal(sizes.get(s, 5), 7, seed=s) for s in steps])
+    close(found, jax.tree.map(lambda g: np.square(g).sum(0), truth(dense, batch=batch)))
+
+
+@pytest.mark.parametrize("first", ["one product", "a sum over time"])
+def test_what_a_stream_began_with_does_not_decide_which_steps_are_summed_as_one(
+    summed_together, first
+):
+    def layers(params, x, key):
+        return jnp.sin(jnp.tanh(x @ params["a"]) @ params["b"]).sum()
+
+    def batch(step):
+        long = (step == 0) == (first == "a sum over time")
+        return normal(5, *[2] * long, 7, seed=step)
+
+    params, steps = {"a": PARAMS["a"], "b": PARAMS["b"]}, (0, *range(8, 16))
+    stream = replay.per_sample(layers).stream(Sum("square"))
+    for step in steps:
+        stream.update(params, batch(step), step=step)
+    assert summed_together == [8] * (2 if first == "a sum over time" else 0)
+    parts = [truth(layers, params, batch(step)) for step in steps]
+    expected = jax.tree.map(lambda *gs: sum(np.square(g).sum(0) for g in gs), *parts)
+    close(stream.results()[0], expected)
+
+
+def test_sums_do_not_depend_on_what_else_is_asked(summed_together):
+    def both(*questions):
+        stream = replay.per_sample(dense).stream(*questions)
+        for step in range(11):
+            stream.update(PARAMS, normal(5, 7, seed=step), step=step)
+        return stream.results()
+
+    same(both(Norm(), Sum("square"), TopK(2))[1], both(Sum("square"))[0])
+    assert summed_together == [8] * 3 * 2
+
+
+def test_batches_of_padding_alone_add_nothing(tmp_path):
+    def fed(name, blank):
+        with replay.Recorder(tmp_path / name, tiny.PROGRAM, key=tiny.KEY) as recorder:
+            for step in range(6):
+                padded = {"ids": [-1] * 4, "weights": [0.0] * 4} if step in blank else {}
+                recorder.feed({k: x[step : step + 4] for k, x in tiny.DATA.items()}, **padded)
+        return replay.open(tmp_path / name)
+
+    run = fed("run", blank=(2, 5))
+    found = run.reduce(Sum("square"))
+    assert found.occurrences.tolist() == [t * 4 + p for t in (0, 1, 3, 4) for p in range(4)]
+    parts = [run.reduce(Sum("square"), steps=slice(a, b)).answers[0] for a, b in ((0, 2), (3, 5))]
+    close(found.answers[0], jax.tree.map(np.add, *parts))
+
+
+@pytest.mark.parametrize(("i", "j"), [(3, 5), (5, 3)])
+def test_dot_products_of_sequences_whichever_side_is_the_wider(i, j):
+    def loss(w, x, key):
+        return jnp.sin(x @ w).sum()
+
+    w, along, batch = normal(i, j), normal(i, j, seed=1), normal(6, 4, i, seed=2)
+    expected = np.einsum("nij,ij->n", truth(loss, w, batch), along)
+    close(replay.per_sample(loss).dot(along, w, batch), expected)
 
 
 def test_as_many_steps_are_summed_as_one_as_fit_in_memory(summed_together):
@@ -496,17 +554,28 @@ def test_weights_that_are_joined_before_they_meet_the_data_keep_factors_of_their
     close(found.answers[0], jax.tree.map(lambda *parts: sum(parts), *squares))
 
 
+def attention(params, example, key):
+    heads = jnp.tanh(jnp.einsum("x,xhd->hd", example["x"], params["in"]))
+    return jnp.einsum("hd,hdx->x", heads, params["out"]).sum() - example["y"]
+
+
+HEADS = {"in": normal(3, 2, 4), "out": normal(2, 4, 3, seed=1)}
+
+
+@pytest.mark.parametrize("dispatch", ["step", "block"])
+def test_an_index_sees_gradients_that_lie_in_another_order(tmp_path, dispatch):
+    options = {"dispatch": dispatch, "index": "scalars"}
+    run = tiny.record(tmp_path / "run", tiny.program(attention, HEADS), **options)
+    for name, column in ((name, f"grads_max/{name}") for name in HEADS):
+        expected = abs(run.grads[name]).max("weight").compute(index=False)["value"].values
+        assert (run.history()[column] == expected).all()
+
+
 @pytest.mark.parametrize("dispatch", ["step", "block"])
 def test_gradients_that_a_program_lays_out_in_another_order_are_seen_as_all_others(
     tmp_path, dispatch
 ):
-    weights = {"in": normal(3, 2, 4), "out": normal(2, 4, 3, seed=1)}
-
-    def attention(params, example, key):
-        heads = jnp.tanh(jnp.einsum("x,xhd->hd", example["x"], params["in"]))
-        return jnp.einsum("hd,hdx->x", heads, params["out"]).sum() - example["y"]
-
-    run = tiny.record(tmp_path / "run", tiny.program(attention, weights), dispatch=dispatch)
+    run = tiny.record(tmp_path / "run", tiny.program(attention, HEADS), dispatch=dispatch)
     engine = run._replayer.engine(0, keep=True)
     assert engine._turned == [0, 1], "else there is nothing to be seen"
     twice = jax.jit(lambda x: x * 2)

@@ -21,7 +21,8 @@ from replay.kernels import top_k
 
 # Whether rankings are had by a compiled kernel where that is faster.
 COMPILED = top_k.compiled is not None
-# Steps whose samples are summed by one matrix product, and bytes that these may take for that.
+# Steps whose samples are summed as one, and bytes of their factors that may wait for it in a
+# stream; to sum them copies those of a tensor once more.
 TOGETHER = 8
 HELD = 2**25
 
@@ -78,9 +79,14 @@ class Stream:
                     else:
                         if (i, number) not in self._cells:
                             self._cells[i, number] = _Cell(reduction, group, number)
-                        self._cells[i, number].take(step, payload, leaves, occurrences)
+                        self._cells[i, number].take(step, group, payload, leaves, occurrences)
         for i, columns in looked.items():
             self._columns[i].append([columns[number] for number in range(self._tensors)])
+
+    def flush(self) -> None:
+        """Take the steps that wait for others, since none will come."""
+        for cell in self._cells.values():
+            cell.flush()
 
     def close(self) -> dict[tuple[int, int], tuple[tuple[int, ...], Any]]:
         """Return `(layout, state)` of each reduction and tensor, and begin again from blanks."""
@@ -117,28 +123,36 @@ class Stream:
 class _Cell:
     """The running state of one reduction of one tensor.
 
-    Sums of what is one product for each sample wait until there are several steps: one matrix
-    product then sums all their samples, and the state is touched once. Which steps go together is
-    a matter of their numbers and sizes alone, so that it does not depend on where a range begins.
+    For a sum of what is one product for each sample, or as small as a bias, steps wait until there
+    are several: one matrix product then sums all their samples, and the state is touched once.
+    Whole aligned groups have the same bits in every range; of those that a range cuts, or that are
+    not alike, steps go one by one.
     """
 
     def __init__(self, reduction: Any, group: Group, number: int):
         self._reduction, self._form = reduction, group.tensors[number].form
-        self._group, self._number = group, number
+        self._group: Group | None = None
+        self._number = number
         self._step = _step(reduction, group, number)
         self._blocks = Blocks(merge(reduction))
         self._waiting: list[tuple[int, Any]] = []
-        self._waits = isinstance(reduction, Sum)
+        self._sums = isinstance(reduction, Sum) and self._form.way in ("rule", "direct")
+        self._waits = False
         self.layout: tuple[int, ...] | None = None
         self._on_host = False
         self.exact = reduction.exact
         self._state: Any = None
 
-    def take(self, step: int, payload: Any, leaves: Sequence[Any], occurrences: Any) -> None:
-        if self.layout is None:
-            self.layout, short = _layout(self._group, self._number, payload, leaves)
-            self._on_host = short and _by_kernel(self._reduction)
-            self._waits = short and self._waits
+    def take(
+        self, step: int, group: Group, payload: Any, leaves: Sequence[Any], occurrences: Any
+    ) -> None:
+        if group is not self._group:  # the first, or of samples of another shape
+            self.flush()
+            self._group = group
+            layout, short = _layout(group, self._number, payload, leaves)
+            self._waits = short and self._sums
+            if self.layout is None:  # of sums over time XLA's matrix products are faster
+                self.layout, self._on_host = layout, short and _by_kernel(self._reduction)
         if self._state is None:
             self._state = _init(self._reduction, self.layout, str(self._form.wide))()
             if self._on_host:
@@ -154,14 +168,22 @@ class _Cell:
     def _wait(self, step: int, payload: Any) -> None:
         if self._waiting:
             last, other = self._waiting[-1]
-            size = _together(self._group, other)
-            if step // size != last // size or _shapes(payload) != _shapes(other):
-                self._flush()
+            size = self._together(other)
+            if step // size != last // size or _forms(payload) != _forms(other):
+                self.flush()
         self._waiting.append((step, payload))
-        if len(self._waiting) == _together(self._group, payload):
-            self._flush()
+        if len(self._waiting) == self._together(payload):
+            self.flush()
 
-    def _flush(self) -> None:
+    def _together(self, payload: Any) -> int:
+        """Return how many steps of such a size are summed as one: a power of two."""
+        assert self._group is not None
+        samples = max(jax.tree.leaves(payload)[0].shape[0], 1)
+        each = max(samples * self._group.sample_bytes, 1)
+        fits = min(TOGETHER, HELD // each, self._group.at_once // samples)
+        return 1 << max(fits, 1).bit_length() - 1
+
+    def flush(self) -> None:
         if self._waiting:
             self._state = self._with_waiting(self._state)
             self._waiting = []
@@ -169,7 +191,7 @@ class _Cell:
     def _with_waiting(self, state: Any) -> Any:
         """Return a state with the steps that wait: as one if none is missing, else one by one."""
         payloads = [payload for _, payload in self._waiting]
-        if len(payloads) > 1 and len(payloads) == _together(self._group, payloads[0]):
+        if len(payloads) > 1 and len(payloads) == self._together(payloads[0]):
             return _shared_steps(self._reduction, self._form)(state, payloads)
         for payload in payloads:
             state = self._step(state, payload, (), None)
@@ -177,7 +199,7 @@ class _Cell:
 
     def end(self) -> Any:
         """Return the state, and begin again from a blank one."""
-        self._flush()
+        self.flush()
         state, self._state = self._state, None
         return state
 
@@ -197,16 +219,8 @@ class _Cell:
         return jax.block_until_ready(answer) if self._on_host else answer
 
 
-def _together(group: Group, payload: Any) -> int:
-    """Return how many steps of such a size are summed as one: a power of two."""
-    samples = jax.tree.leaves(payload)[0].shape[0]
-    bytes_of = max(samples * group.sample_bytes, 1)
-    fits = min(TOGETHER, HELD // bytes_of, group.at_once // samples)
-    return 1 << max(fits, 1).bit_length() - 1
-
-
-def _shapes(payload: Any) -> list[tuple[int, ...]]:
-    return [x.shape for x in jax.tree.leaves(payload)]
+def _forms(payload: Any) -> list[tuple[tuple[int, ...], Any]]:
+    return [(x.shape, x.dtype) for x in jax.tree.leaves(payload)]
 
 
 def _step(reduction: Any, group: Group, number: int) -> Callable[..., Any]:
@@ -305,7 +319,7 @@ def _layout(
 
 
 def _by_kernel(reduction: Any) -> bool:
-    """Whether a compiled kernel is there: of sums over time XLA's matrix products are faster."""
+    """Whether a compiled kernel is there."""
     plain = isinstance(reduction, TopK) and reduction.plain and COMPILED
     return plain and jax.default_backend() == "cpu"
 

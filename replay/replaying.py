@@ -657,14 +657,30 @@ class Replayer:
 
     def _diverged(self, divergence: Divergence) -> DivergenceError:
         found = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in self.differences.items())
+        if found:
+            why = f"the machine differs from the recorded one: {found}"
+        elif self._compiled_otherwise():
+            why = "nothing that identifies the machine differs, but the compiler makes another "
+            why += "executable of the archived program than it did then"
+        else:
+            why = "nothing that identifies the machine differs: the computation does not repeat "
+            why += "itself, or a file was changed"
         return DivergenceError(
             f"the replay of {self._log.place} departs from the run {divergence}",
-            why=f"the machine differs from the recorded one: {found}"
-            if found
-            else "nothing that identifies the machine differs: the computation does not repeat "
-            "itself, or a file was changed",
+            why=why,
             fix="replay where it was recorded; or pass exact=False to go on from each checkpoint "
             "and be told the deviation",
+        )
+
+    def _compiled_otherwise(self) -> bool:
+        """Whether the last program that moved the state is compiled to something else here."""
+        step = max(self._log.durable.steps - 1, 0)
+        engine = self.engine(step, keep=False)  # as who records compiles it
+        if not isinstance(engine, LocalEngine):
+            return False
+        programs = self._log.origin(step).header.programs
+        return any(
+            programs[name].get("optimized") != here for name, here in engine.optimized().items()
         )
 
 

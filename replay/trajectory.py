@@ -7,6 +7,7 @@ stretches of inputs, so that whatever it computes it computes the same way both 
 import contextlib
 import functools
 import queue
+import re
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -171,8 +172,12 @@ class LocalEngine:
         return float(sum(cost.get("flops", 0.0) for cost in costs))
 
     def optimized(self) -> dict[str, str]:
-        """Return a hash of the optimized HLO of each program, for the identity of the run."""
-        return {k: sha256((v.as_text() or "").encode()) for k, v in self._programs.items()}
+        """Return a hash of the optimized HLO of each program, for the identity of the run.
+
+        Without the places in the code that led to it: they differ from process to process.
+        """
+        texts = {name: program.as_text() or "" for name, program in self._programs.items()}
+        return {name: sha256(_PLACES.sub("", text).encode()) for name, text in texts.items()}
 
     def _by_step(self, state: list[jax.Array], stretch: Stretch) -> Iterator[Executed]:
         step, count = self._programs["step"], len(self._signature.state)
@@ -239,6 +244,13 @@ class LocalEngine:
 
 
 _copied = jax.jit(copies)
+
+# The tables of files, functions and frames before the computations, and what refers to them.
+_PLACES = re.compile(
+    r"^(?:FileNames|FunctionNames|FileLocations|StackFrames)\n(?:\d+ .*\n)*"
+    r'|, metadata=\{(?:"[^"]*"|[^}"])*\}',
+    re.MULTILINE,
+)
 
 
 @functools.lru_cache(maxsize=16)

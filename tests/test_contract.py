@@ -324,10 +324,13 @@ for name in ("models", "flax", "equinox"):
 import jax, replay
 
 {inspect.getsource(bits)}
-print(json.dumps([[bits(s) for _, s in replay.open(p).states(slice(None))] for p in asked]))
+runs = [replay.open(path) for path in asked]
+states = [[bits(state) for _, state in run.states(slice(None))] for run in runs]
+print(json.dumps([states, [run._replayer._compiled_otherwise() for run in runs]]))
 """
     runs = [recorded(case) for case in cases]
-    found = in_process(source, [str(run.path) for run in runs], count=threads())
+    found, otherwise = in_process(source, [str(run.path) for run in runs], count=threads())
+    assert not any(otherwise), "the compiler makes the same executables in every process"
     differences = {
         str(case): first_difference(states, run.expected.states)
         for case, states, run in zip(cases, found, runs, strict=True)

@@ -454,8 +454,19 @@ def test_an_exact_replay_that_departs_is_an_error(intact, tmp_path, monkeypatch,
         f"the replay of {tmp_path} departs from the run between state 8 and state 16; "
         "params/hidden differs"
     )
-    assert caught.value.why.startswith("nothing that identifies the machine differs")
+    assert caught.value.why.startswith("nothing that identifies the machine differs: the comp")
     assert "exact=False" in caught.value.fix
+
+
+def test_an_executable_that_is_not_the_recorded_one_is_named_where_a_replay_departs(
+    intact, tmp_path, monkeypatch
+):
+    run = replay.open(intact.copy(tmp_path))
+    nudge(monkeypatch, 15, 0, 7)
+    monkeypatch.setattr("replay.trajectory.LocalEngine.optimized", lambda self: {"step": "other"})
+    with pytest.raises(replay.DivergenceError) as caught:
+        list(run.trajectory(15, 16))
+    assert "the compiler makes another executable" in caught.value.why
 
 
 def test_no_state_is_handed_out_whose_digest_disagrees(intact, tmp_path, monkeypatch):

@@ -531,8 +531,8 @@ def compile(
 ) -> Callable[..., Any]:
     """Compile a program for its concrete shapes, donating the state if asked to.
 
-    Gradients lie in memory as the compiler likes: who trains does not look at them, and to write
-    those of attention as rows took four hundredths of a step.
+    Gradients lie in memory as the compiler likes: who trains does not look at them, and those of
+    attention would have to be turned at every step.
 
     The last few are kept: runs that carry one program, such as forks of a run, and a run that is
     opened again, share what is compiled of it.

@@ -532,8 +532,8 @@ def dots_of(moves: Moves, factor: Factor, direction: Any) -> Any:
         left, right = factor.left.astype(dtype), factor.right.astype(dtype)
         blank = jax.ShapeDtypeStruct((left.shape[1], left.shape[3], right.shape[3]), dtype)
         (back,) = jax.linear_transpose(lambda x: move(x, moves), blank)(direction)
-        # Of sequences einsum multiplies `left` first, and keeps `right` until then: 1.5 times the
-        # memory of a step of an LSTM, for 1.3. With i > j the other way is slower (convolutions).
+        # Of sequences einsum multiplies `left` first, and keeps `right` until then, in more memory.
+        # With i > j, as in convolutions, this way would be slower.
         if left.shape[2] > 1 and left.shape[3] <= right.shape[3]:
             return (jnp.einsum("nbtj,bij->nbti", right, back) * left).sum(axis=(1, 2, 3))
         return jnp.einsum("nbti,bij,nbtj->n", left, back, right)
